@@ -1,0 +1,28 @@
+"""The one way a user's mistake is reported: a single line on stderr and exit code 2."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the message says what was given, what was expected, what to change."""
+
+
+def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a command's `main`: a `UserError` becomes one line on stderr and exit code 2, without a traceback.
+
+    Only the first process of each machine prints, so that a mistake is not repeated once per GPU.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except UserError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
