@@ -1,0 +1,150 @@
+"""The multi-branch velocity-plus-acceleration objective (paper, Eq. 4, 5, 7, 10) and the SSL alignment term.
+
+Every term is kept per sample, shape (N,), in float32 or wider. The network is any callable `model(x, t, y)` that
+returns `velocities`, `accelerations` and `projections`, one entry a branch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import UserError
+from interpolant import draw_times, interpolate, velocity_target
+
+
+class LossTerms(NamedTuple):
+    """Per-sample terms, each (N,), before the weights lambda; `branch_velocity` is (k, N), before the weights beta."""
+
+    velocity: Tensor
+    acceleration: Tensor
+    alignment: Tensor
+    branch_velocity: Tensor
+
+
+def branch_times(first: Tensor, branches: int, upper_bound: float, generator: torch.Generator) -> Tensor:
+    """Times of all branches, (k, N), from those of the first, (N,): t_{i+1} = clamp(t_i +- u upper_bound, 0, 1).
+
+    u ~ U(0, 1) for each sample and gap; the sign is drawn once for each sample, so that its times move one way.
+    """
+    count, device = len(first), generator.device
+    sign = torch.randint(0, 2, (count,), generator=generator, device=device) * 2.0 - 1.0
+    times = [first]
+    for _ in range(branches - 1):
+        gap = upper_bound * torch.rand(count, generator=generator, device=device)
+        times.append((times[-1] + sign * gap).clamp(0, 1))
+    return torch.stack(times)
+
+
+def drop_labels(y: Tensor, null_label: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Labels (N,), each replaced by the null class with the given probability, for classifier-free guidance."""
+    dropped = torch.rand(len(y), generator=generator, device=generator.device) < probability
+    return torch.where(dropped.to(y.device), null_label, y)
+
+
+def per_sample_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over all but the first axis, (N,), reduced in float32 or wider."""
+    dtype = torch.promote_types(target.dtype, torch.float32)
+    return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
+
+
+class DeepFlowLoss:
+    """The training objective.
+
+    Args:
+        path_type: `linear` or `cosine`.
+        weighting: distribution of the first branch's time, `lognormal` or `uniform`.
+        tg_upper_bound: largest time gap between neighbouring branches, in [0, 1].
+        scale_weight: beta, one weight a branch; None for 0.2 each and 1.0 for the last.
+        acc_coeff: lambda, weight of the acceleration term.
+        proj_coeff: weight of the SSL alignment term.
+        cfg_prob: probability of dropping a label to the null class, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        path_type: str = "linear",
+        weighting: str = "lognormal",
+        tg_upper_bound: float = 0.01,
+        scale_weight: Sequence[float] | None = None,
+        acc_coeff: float = 1.0,
+        proj_coeff: float = 0.5,
+        cfg_prob: float = 0.1,
+    ) -> None:
+        self.path_type = path_type
+        self.weighting = weighting
+        self.tg_upper_bound = tg_upper_bound
+        self.scale_weight = scale_weight
+        self.acc_coeff = acc_coeff
+        self.proj_coeff = proj_coeff
+        self.cfg_prob = cfg_prob
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        x0: Tensor,
+        y: Tensor,
+        generator: torch.Generator,
+        features: Tensor | None = None,
+    ) -> LossTerms:
+        """Terms at times, noise and label drops drawn from `generator`: x0 (N, C, H, W), y (N,) class ids."""
+        network = getattr(model, "module", model)  # data-parallel wrappers hide the network's attributes
+        first = draw_times(self.weighting, self.path_type, len(x0), generator)
+        times = branch_times(first, network.num_branches, self.tg_upper_bound, generator)
+        noise = torch.randn(x0.shape, generator=generator, device=generator.device)
+        y = drop_labels(y, network.num_classes, self.cfg_prob, generator)
+        return self.terms(model, x0, y, times.to(x0.device), noise.to(x0.device), features)
+
+    def terms(
+        self,
+        model: Callable[..., Any],
+        x0: Tensor,
+        y: Tensor,
+        times: Tensor,
+        noise: Tensor,
+        features: Tensor | None = None,
+    ) -> LossTerms:
+        """Terms at the given times (k, N), noise (N, C, H, W) and, for alignment, encoder tokens (N, T, z).
+
+        Raises:
+            UserError: if the number of weights or of the model's branches is not k.
+        """
+        output = model(interpolate(self.path_type, x0, noise, times[0]), times, y)
+        if len(output.velocities) != len(times):
+            raise UserError(f"{len(times)} times were given for a model of {len(output.velocities)} branches")
+        target = velocity_target(self.path_type, x0, noise, times[0])
+        # The target is taken at t_1, the time of the only input; on the linear path it is the same at every t_i.
+        branch_velocity = torch.stack([per_sample_mse(v, target) for v in output.velocities])
+        velocity = self._betas(times) @ branch_velocity
+        acceleration = torch.zeros_like(velocity)
+        for t, v, a in zip(times, output.velocities, output.accelerations, strict=False):
+            acceleration = acceleration + self._acceleration_error(x0, noise, t, v, a)
+        alignment = torch.zeros_like(velocity)
+        if features is not None:
+            alignment = torch.stack([negative_cosine(p, features) for p in output.projections]).mean(0)
+        return LossTerms(velocity, acceleration, alignment, branch_velocity)
+
+    def total(self, terms: LossTerms) -> Tensor:
+        """The weighted sum that is minimised, per sample, (N,)."""
+        return terms.velocity + self.acc_coeff * terms.acceleration + self.proj_coeff * terms.alignment
+
+    def _betas(self, times: Tensor) -> Tensor:
+        k = len(times)
+        weights = [0.2] * (k - 1) + [1.0] if self.scale_weight is None else self.scale_weight
+        if len(weights) != k:
+            raise UserError(f"scale_weight has {len(weights)} entries for {k} branches: give one each (--scale-weight)")
+        return torch.tensor(weights, device=times.device, dtype=torch.promote_types(times.dtype, torch.float32))
+
+    def _acceleration_error(self, x0: Tensor, noise: Tensor, t: Tensor, velocity: Tensor, accel: Tensor) -> Tensor:
+        """Second-order Taylor step from t to the data at 0, per sample (Eq. 7); the velocity is not trained by it."""
+        x = interpolate(self.path_type, x0, noise, t)
+        step = (0 - t).reshape(-1, *[1] * (x0.ndim - 1)).to(x.dtype)
+        reached = x + velocity.detach().to(x.dtype) * step + 0.5 * accel.to(x.dtype) * step.square()
+        return per_sample_mse(reached, x0)
+
+
+def negative_cosine(projection: Tensor, features: Tensor) -> Tensor:
+    """Minus the mean cosine between each token's projection and its feature: two (N, T, z) -> (N,), in float32."""
+    return -F.cosine_similarity(projection.float(), features.float(), dim=-1).mean(1)

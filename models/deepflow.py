@@ -1,0 +1,205 @@
+"""DeepFlow: a DiT/SiT backbone cut into k branches, with a VeRA block between each branch and the next.
+
+With k = 1 (`df_idxs=[]`) the network is exactly SiT.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+
+from .blocks import (
+    DiTBlock,
+    LabelEmbedder,
+    OutputHead,
+    PatchEmbed,
+    TimestepEmbedder,
+    sincos_position_embedding,
+    unpatchify,
+)
+from .vera import VeRABlock
+
+
+class DeepFlowOutput(NamedTuple):
+    """What a training forward returns. Images are (N, C, H, W), projections (N, T, ssl_dim)."""
+
+    velocities: tuple[Tensor, ...]  # k, the last one is the model's answer
+    accelerations: tuple[Tensor, ...]  # k - 1
+    projections: tuple[Tensor, ...]  # k - 1, or empty without SSL alignment
+
+
+def check_branch_ends(df_idxs: Sequence[int], depth: int) -> list[int]:
+    """`df_idxs` as a list, if it cuts `depth` blocks into non-empty branches.
+
+    Raises:
+        UserError: unless its entries are strictly increasing integers in [1, depth - 1].
+    """
+    ends = list(df_idxs)
+    if any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
+        raise UserError(f"df_idxs {ends} must be integers: the block counts after which a branch ends (--df-idxs)")
+    if any(not 0 < end < depth for end in ends):
+        raise UserError(f"df_idxs {ends} must lie in 1..{depth - 1} for a depth of {depth} (--df-idxs, --trans-depth)")
+    if any(a >= b for a, b in pairwise(ends)):
+        raise UserError(f"df_idxs {ends} must be strictly increasing (--df-idxs)")
+    return ends
+
+
+class DeepFlow(nn.Module):
+    """The velocity network v(x_t, t, y) with deep supervision.
+
+    Args:
+        hidden_size: width D of the tokens, a multiple of 4 and of `num_heads`.
+        depth: number L of transformer blocks over all branches.
+        num_heads: attention heads h, in the blocks and in the VeRA blocks.
+        num_classes: classes of the data; label `num_classes` is the null class of classifier-free guidance.
+        projector_dim: hidden width P of the acceleration MLP and of the SSL projectors.
+        df_idxs: 1-based block counts after which a branch ends, the last excluded: [8, 16] cuts 24 into 3.
+        legacy_scaling: clamp the time-gap scale to [-5, 5] (no parameters: it lives only in the config).
+        qk_norm: layer-normalise queries and keys in the blocks.
+        input_size: side of the latent, in latent pixels (image side / 8 for the SD-VAE).
+        patch_size: side p of a patch, in latent pixels.
+        in_channels: latent channels C.
+        ssl_dim: feature width z of the SSL encoder to align with; 0 for no projectors.
+        decoder_hidden_size: read from official configurations, where it always equals `hidden_size`.
+
+    Raises:
+        UserError: for sizes that do not divide, `df_idxs` that do not cut the depth, a different decoder width.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int = 1000,
+        projector_dim: int = 2048,
+        df_idxs: Sequence[int] = (),
+        legacy_scaling: bool = False,
+        qk_norm: bool = False,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        ssl_dim: int = 0,
+        decoder_hidden_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_heads or hidden_size % 4:
+            raise UserError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
+        if input_size % patch_size:
+            raise UserError(f"input_size {input_size} must be a multiple of patch_size {patch_size}")
+        if decoder_hidden_size not in (None, hidden_size):
+            raise UserError(f"decoder_hidden_size {decoder_hidden_size} must equal hidden_size {hidden_size}")
+        df_idxs = check_branch_ends(df_idxs, depth)
+        self.config: dict[str, Any] = dict(
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            projector_dim=projector_dim,
+            df_idxs=df_idxs,
+            legacy_scaling=legacy_scaling,
+            qk_norm=qk_norm,
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            ssl_dim=ssl_dim,
+        )
+        self.num_classes = num_classes
+        self.branches = list(pairwise([0, *df_idxs, depth]))  # (first block, end) of each branch
+        self.num_branches = len(self.branches)
+        gaps = self.num_branches - 1
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        position = sincos_position_embedding(hidden_size, input_size // patch_size)
+        self.pos_embed = nn.Parameter(position, requires_grad=False)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, qk_norm=qk_norm) for _ in range(depth))
+        # Two velocity heads at most: one shared by the intermediate branches, one of the last branch.
+        heads = 2 if gaps else 1
+        self.final_layer = nn.ModuleList(OutputHead(hidden_size, patch_size, in_channels) for _ in range(heads))
+        if gaps:
+            self.dt_embedder = TimestepEmbedder(2 * hidden_size)
+            self.df_blocks = nn.ModuleList(
+                VeRABlock(hidden_size, num_heads, projector_dim, legacy_scaling) for _ in range(gaps)
+            )
+            self.final_acc_layer = OutputHead(hidden_size, patch_size, in_channels)
+            if ssl_dim:
+                self.projectors = nn.ModuleList(
+                    ssl_projector(hidden_size, projector_dim, ssl_dim) for _ in range(gaps)
+                )
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Xavier-uniform linear maps, N(0, 0.02^2) embeddings, and zeros where adaLN-Zero wants an identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):  # the patchify map, initialised as the Linear it is
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.MultiheadAttention):
+                nn.init.xavier_uniform_(module.in_proj_weight)
+                nn.init.zeros_(module.in_proj_bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, TimestepEmbedder):
+                nn.init.normal_(module.mlp[0].weight, std=0.02)
+                nn.init.normal_(module.mlp[2].weight, std=0.02)
+            if hasattr(module, "adaLN_modulation"):
+                nn.init.zeros_(module.adaLN_modulation[1].weight)
+            if isinstance(module, OutputHead):
+                nn.init.zeros_(module.linear.weight)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> DeepFlowOutput:
+        """All branches' answers for noisy latents `x` (N, C, H, W) and labels `y` (N,) in [0, num_classes].
+
+        `t` is one time an image, (N,), or one an image and branch, (k, N), in [0, 1].
+        """
+        return self._run(x, t, y, last_only=False)
+
+    def velocity(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The last branch's velocity alone, (N, C, H, W): no intermediate heads, no projectors. For sampling."""
+        return self._run(x, t, y, last_only=True).velocities[-1]
+
+    def _run(self, x: Tensor, t: Tensor, y: Tensor, last_only: bool) -> DeepFlowOutput:
+        times = t.expand(self.num_branches, len(x))  # (k, N)
+        label = self.y_embedder(y)
+        conditions = self.t_embedder(times.flatten()).unflatten(0, times.shape) + label  # (k, N, D)
+        if self.num_branches > 1:
+            gaps = times.diff(dim=0)  # (k - 1, N)
+            gap_embeddings = self.dt_embedder(gaps.flatten()).unflatten(0, gaps.shape)  # (k - 1, N, 2D)
+
+        x_tokens = self.x_embedder(x) + self.pos_embed
+        tokens = x_tokens
+        output = DeepFlowOutput([], [], [])
+        for i, (first, end) in enumerate(self.branches):
+            for block in self.blocks[first:end]:
+                tokens = block(tokens, conditions[i])
+            if i == self.num_branches - 1:
+                output.velocities.append(self._image(self.final_layer[-1], tokens, conditions[i]))
+                break
+            if not last_only:
+                output.velocities.append(self._image(self.final_layer[0], tokens, conditions[i]))
+            tokens, acceleration = self.df_blocks[i](tokens, x_tokens, gap_embeddings[i])
+            if not last_only:
+                output.accelerations.append(self._image(self.final_acc_layer, acceleration, conditions[i]))
+                if self.config["ssl_dim"]:
+                    output.projections.append(self.projectors[i](tokens))
+        return DeepFlowOutput(*map(tuple, output))
+
+    def _image(self, head: OutputHead, tokens: Tensor, condition: Tensor) -> Tensor:
+        return unpatchify(head(tokens, condition), self.config["patch_size"])
+
+
+def ssl_projector(width: int, hidden: int, ssl_dim: int) -> nn.Sequential:
+    """Refined tokens (N, T, D) -> (N, T, ssl_dim), to be aligned with the encoder's patch tokens (REPA)."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, ssl_dim)
+    )
