@@ -1,0 +1,66 @@
+"""Mean and covariance of features in float64, and the Frechet distance between two Gaussians."""
+
+import numpy as np
+import scipy.linalg
+
+from errors import UserError
+
+
+class FeatureStatistics:
+    """Running mean and covariance of feature rows, in float64.
+
+    Each batch is merged by its own mean and scatter matrix (Chan et al. 1979), so the result does not depend
+    on how the rows were split, nor lose digits when the mean is large against the spread.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        self.count = 0
+        self.mean = np.zeros(dimension)
+        self._scatter = np.zeros((dimension, dimension))
+
+    def update(self, features: np.ndarray) -> None:
+        """Add rows: features (n, dimension), any float type."""
+        features = np.asarray(features, dtype=np.float64)
+        n = len(features)
+        if n == 0:
+            return
+        batch_mean = features.mean(axis=0)
+        centred = features - batch_mean
+        total = self.count + n
+        shift = batch_mean - self.mean
+        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * n / total)
+        self.mean += shift * (n / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(dimension, dimension), unbiased (divided by count - 1), as `np.cov`."""
+        return self._scatter / (self.count - 1)
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """Squared Frechet (2-Wasserstein) distance between N(mu1, sigma1) and N(mu2, sigma2), as in FID.
+
+    |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2)); means (D,), covariances (D, D).
+    With R the symmetric root of sigma1, sigma1 sigma2 has the eigenvalues of R sigma2 R, which is symmetric
+    and positive semi-definite: no general matrix root is needed, and singular covariances are harmless.
+
+    Raises `UserError` for unequal shapes and for values that are not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = (np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2))
+    square = (*mu1.shape, *mu1.shape)
+    if mu1.ndim != 1 or mu2.shape != mu1.shape or sigma1.shape != square or sigma2.shape != square:
+        raise UserError(
+            f"statistics of shapes {mu1.shape}, {sigma1.shape} against {mu2.shape}, {sigma2.shape}: expected "
+            "(D,), (D, D) twice with the same D; use one feature extractor for both"
+        )
+    if not all(np.isfinite(array).all() for array in (mu1, sigma1, mu2, sigma2)):
+        raise UserError("statistics hold values that are not finite; expected finite means and covariances")
+    values, vectors = scipy.linalg.eigh(sigma1)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    product = root @ sigma2 @ root
+    spectrum = scipy.linalg.eigvalsh((product + product.T) / 2)
+    trace_of_root = np.sqrt(spectrum.clip(min=0)).sum()
+    difference = mu1 - mu2
+    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
+    return max(float(distance), 0.0)  # a square: below zero only by rounding
