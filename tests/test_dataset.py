@@ -1,0 +1,250 @@
+"""Packed latents and the data order: what is read is what was written, in one order however it is split."""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset import DataOrder, LatentBatch, PackedLatents, latent_batches
+from errors import UserError
+from preprocessing.packed_writer import packed_manifest, write_packed
+
+COUNT, SHAPE = 23, (8, 2, 3)
+
+
+def write_dataset(dest, dtype="float16", shard_rows=10):
+    """23 samples in three shards; returns the moments and labels that went in."""
+    rng = np.random.default_rng(0)
+    moments = rng.normal(size=(COUNT, *SHAPE)).astype(dtype)
+    labels = rng.integers(0, 4, COUNT)
+    names = [f"class/{index:03d}.png" for index in range(COUNT)]
+    manifest = packed_manifest(
+        names,
+        labels,
+        ["a", "b", "c", "d"],
+        resolution=16,
+        latent_shape=SHAPE,
+        dtype=dtype,
+        vae="assets/tiny",
+        vae_sha256="0" * 64,
+        scaling_factor=0.5,
+    )
+    write_packed(dest, manifest, np.array_split(moments, 4), names, labels, shard_rows)
+    return moments, labels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_dataset(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+# ---- packed latents
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_gather_returns_what_was_written(tmp_path, dtype):
+    moments, labels = write_dataset(tmp_path, dtype)
+    data = PackedLatents(tmp_path)
+    assert len(data) == COUNT and data.latent_shape == SHAPE and data.scaling_factor == 0.5
+    assert data.num_classes == 4 and data.class_names == ["a", "b", "c", "d"]
+    assert data.names[22] == "class/022.png" and data.labels.dtype == np.int64
+    for indices in (np.arange(COUNT), np.array([22, 0, 9, 10, 9, 19, 20]), np.array([5])):
+        read, read_labels = data.gather(indices)
+        assert read.dtype == dtype
+        np.testing.assert_array_equal(read, moments[indices])
+        np.testing.assert_array_equal(read_labels, labels[indices])
+
+
+def test_gather_refuses_what_is_not_there(folder):
+    data = PackedLatents(folder)
+    for index in (-1, COUNT):
+        with pytest.raises(IndexError):
+            data.gather(np.array([0, index]))
+
+
+def test_shards_are_mapped_and_travel_as_a_path(folder):
+    data = PackedLatents(folder)
+    assert all(isinstance(shard, np.memmap) for shard in data._shards) and len(data._shards) == 3
+    sent = pickle.dumps(data)
+    assert len(sent) < 500
+    np.testing.assert_array_equal(pickle.loads(sent).gather(np.arange(3))[0], data.gather(np.arange(3))[0])
+
+
+def test_manifest_records_the_checksum_of_every_file(folder):
+    manifest = json.loads((folder / "dataset.json").read_text())
+    entries = [manifest["labels"], manifest["names"], *manifest["shards"]]
+    assert [entry["count"] for entry in manifest["shards"]] == [10, 10, 3]
+    assert {entry["file"] for entry in entries} | {"dataset.json"} == {file.name for file in folder.iterdir()}
+    for entry in entries:
+        assert hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+
+
+def edit_manifest(folder, **changes):
+    manifest = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(manifest | changes))
+
+
+def cut_in_half(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(folder):
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (empty, "is empty"),
+        (lambda folder: (empty(folder), folder.rmdir()), "no dataset folder"),
+        (lambda folder: (folder / "dataset.json").unlink(), "never finished"),
+        (lambda folder: cut_in_half(folder / "dataset.json"), "not valid JSON"),
+        (lambda folder: (folder / "dataset.json").write_text('{"labels": []}'), "not the manifest"),
+        (lambda folder: edit_manifest(folder, version=99), "version 99"),
+        (lambda folder: edit_manifest(folder, count=99), "do not add up"),
+        (lambda folder: edit_manifest(folder, shards=[{"file": "x"}]), "is damaged"),
+        (lambda folder: edit_manifest(folder, num_classes=2), "num_classes 2"),
+        (lambda folder: edit_manifest(folder, dtype="float32"), "moments-00000.npy holds"),
+        (lambda folder: edit_manifest(folder, latent_shape=[8, 4, 4]), "moments-00000.npy holds"),
+        (lambda folder: (folder / "moments-00001.npy").unlink(), "moments-00001.npy is missing"),
+        (lambda folder: cut_in_half(folder / "moments-00001.npy"), "moments-00001.npy is damaged"),
+        (lambda folder: (folder / "moments-00001.npy").write_bytes(b""), "moments-00001.npy is damaged"),
+        (lambda folder: np.save(folder / "labels.npy", np.zeros(5, np.int64)), "labels.npy holds"),
+        (
+            lambda folder: np.save(folder / "labels.npy", np.array([{}] * COUNT), allow_pickle=True),
+            "labels.npy is damaged",
+        ),
+    ],
+)
+def test_a_damaged_dataset_is_refused_by_name(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=re.escape(message)):
+        PackedLatents(folder)
+
+
+def test_names_that_do_not_match_are_refused(folder):
+    (folder / "names.json").write_text('["one"]')
+    with pytest.raises(UserError, match="1 names for 23 samples"):
+        _ = PackedLatents(folder).names
+
+
+# ---- the order
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 50), global_batch=st.integers(1, 70), seed=st.integers(0, 2**40))
+def test_every_epoch_visits_each_sample_once(size, global_batch, seed):
+    order = DataOrder(size, global_batch, seed)
+    steps = -(-3 * size // global_batch)
+    visited = np.concatenate([order.batch(step) for step in range(steps)])
+    for epoch in range(3):
+        assert sorted(visited[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_batch_depends_on_step_and_seed_alone():
+    order = DataOrder(100, 8, seed=3)
+    forward = [order.batch(step) for step in range(40)]
+    for step in (39, 12, 13, 0, 25):  # out of order, across epochs, and from a fresh object
+        np.testing.assert_array_equal(order.batch(step), forward[step])
+        np.testing.assert_array_equal(DataOrder(100, 8, seed=3).batch(step), forward[step])
+    first, second = (np.concatenate(forward)[epoch * 100 : (epoch + 1) * 100] for epoch in (0, 1))
+    assert (first != second).any() and (DataOrder(100, 8, seed=4).batch(0) != forward[0]).any()
+    # Pinned: a run resumed years later must see the data it would have seen.
+    assert DataOrder(10, 10, seed=0).batch(0).tolist() == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [((0, 8, 0), "0 samples"), ((9, 0, 0), "--batch-size"), ((9, 8, -1), "--seed")]
+)
+def test_impossible_orders_are_refused(arguments, named):
+    with pytest.raises(UserError, match=named):
+        DataOrder(*arguments)
+
+
+# ---- the loader
+
+
+def global_batches(data, steps, start_step=0, world=1, num_workers=0, micro_batches=1, seed=7):
+    """What all processes together see: per step, the parts of all processes one after the other."""
+    order = DataOrder(len(data), 8, seed)
+    ranks = [
+        list(
+            itertools.islice(
+                latent_batches(data, order, start_step, rank, world, num_workers, micro_batches),
+                steps * micro_batches,
+            )
+        )
+        for rank in range(world)
+    ]
+    joined = []
+    for step in range(steps):
+        micro = slice(step * micro_batches, (step + 1) * micro_batches)
+        parts = [part for batches in ranks for part in batches[micro]]
+        joined.append(LatentBatch(*map(torch.cat, zip(*parts, strict=True))))
+    return joined
+
+
+@pytest.mark.parametrize(
+    ("world", "num_workers", "micro_batches"), [(1, 2, 1), (2, 0, 1), (2, 2, 2), (4, 0, 2), (4, 2, 1)]
+)
+def test_global_batches_do_not_depend_on_processes_workers_or_accumulation(
+    folder, world, num_workers, micro_batches
+):
+    data = PackedLatents(folder)
+    expected = global_batches(data, steps=7)  # 56 of 23 samples: well into the third epoch
+    found = global_batches(data, 7, world=world, num_workers=num_workers, micro_batches=micro_batches)
+    for one, other in zip(expected, found, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_restart_in_the_middle_of_an_epoch_continues_exactly(folder, num_workers):
+    data = PackedLatents(folder)
+    whole = global_batches(data, steps=7)
+    rest = global_batches(data, steps=2, start_step=5, num_workers=num_workers)
+    for one, other in zip(whole[5:], rest, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_batches_hold_the_samples_they_name(tmp_path):
+    moments, labels = write_dataset(tmp_path)
+    order = DataOrder(COUNT, 8, seed=1)
+    for step, batch in enumerate(itertools.islice(latent_batches(PackedLatents(tmp_path), order), 6)):
+        assert batch.moments.dtype == torch.float16 and batch.labels.dtype == torch.int64
+        np.testing.assert_array_equal(batch.indices, order.batch(step))
+        np.testing.assert_array_equal(batch.moments, moments[batch.indices])
+        np.testing.assert_array_equal(batch.labels, labels[batch.indices])
+
+
+def test_loading_leaves_the_global_random_state_alone(folder):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    data = PackedLatents(folder)
+    next(latent_batches(data, DataOrder(len(data), 8, 0), num_workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_spawned_process_reads_the_same(folder):
+    data = PackedLatents(folder)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        moments, labels = pool.apply(data.gather, (np.arange(COUNT),))
+    np.testing.assert_array_equal(moments, data.gather(np.arange(COUNT))[0])
+    np.testing.assert_array_equal(labels, data.labels)
+
+
+def test_batches_that_do_not_divide_are_refused_with_both_numbers(folder):
+    data = PackedLatents(folder)
+    with pytest.raises(UserError, match="batch size 8 is not divisible by 3 processes x 1"):
+        latent_batches(data, DataOrder(len(data), 8, 0), world=3)
+    with pytest.raises(UserError, match="order is for 5 samples, but the dataset has 23"):
+        latent_batches(data, DataOrder(5, 8, 0))
