@@ -1,0 +1,133 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import relative_error
+from torch.nn.functional import cosine_similarity
+
+from errors import UserError
+from interpolant import PATHS
+from loss import DeepFlowLoss, branch_times, drop_labels
+from models import DeepFlow
+
+K, N, SHAPE = 3, 4, (2, 3, 3)
+
+
+def double(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def case():
+    """A made-up network answer in float64, with its data, noise and times."""
+    times = torch.rand(K, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    output = SimpleNamespace(
+        velocities=[double(N, *SHAPE, seed=i).requires_grad_() for i in range(K)],
+        accelerations=[double(N, *SHAPE, seed=10 + i).requires_grad_() for i in range(K - 1)],
+        projections=[double(N, 5, 6, seed=20 + i) for i in range(K - 1)],
+    )
+    return SimpleNamespace(
+        x0=double(N, *SHAPE, seed=30),
+        noise=double(N, *SHAPE, seed=31),
+        times=times,
+        y=torch.zeros(N, dtype=torch.long),
+        features=double(N, 5, 6, seed=32),
+        output=output,
+    )
+
+
+def test_golden_terms_and_gradients(golden_model, golden_io):
+    loss = DeepFlowLoss()
+    io = golden_io
+    terms = loss.terms(golden_model, io["x0"], io["y"], io["ts"], io["eps"])
+    assert terms.velocity.dtype == terms.acceleration.dtype == terms.alignment.dtype == torch.float32
+    assert relative_error(terms.velocity, io["vel_loss"]) < 1e-5
+    assert relative_error(terms.acceleration, io["acc_loss"]) < 1e-5
+    loss.total(terms).mean().backward()
+    parameters = dict(golden_model.named_parameters())
+    golden = {name.removeprefix("grad/"): grad for name, grad in io.items() if name.startswith("grad/")}
+    assert len(golden) == 10
+    for name, grad in golden.items():
+        assert relative_error(parameters[name].grad, grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("path", list(PATHS))
+def test_terms_equal_a_loop_over_samples(case, path):
+    loss = DeepFlowLoss(path_type=path, scale_weight=[0.3, 0.5, 2.0], acc_coeff=0.7, proj_coeff=0.4)
+    terms = loss.terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise, case.features)
+    for n in range(N):
+        alpha, sigma, d_alpha, d_sigma = PATHS[path](case.times[:, n])
+        target = d_alpha[0] * case.x0[n] + d_sigma[0] * case.noise[n]
+        errors = [((v[n] - target) ** 2).mean() for v in case.output.velocities]
+        velocity = 0.3 * errors[0] + 0.5 * errors[1] + 2.0 * errors[2]
+        acceleration = alignment = 0
+        for i in range(K - 1):
+            t = case.times[i, n]
+            x_t = alpha[i] * case.x0[n] + sigma[i] * case.noise[n]
+            reached = x_t - t * case.output.velocities[i][n] + t**2 / 2 * case.output.accelerations[i][n]
+            acceleration += ((reached - case.x0[n]) ** 2).mean()
+            pairs = zip(case.output.projections[i][n], case.features[n], strict=True)
+            alignment -= sum(cosine_similarity(p, f, dim=0) for p, f in pairs) / 5 / (K - 1)
+        assert terms.velocity[n].item() == pytest.approx(velocity.item())
+        assert terms.acceleration[n].item() == pytest.approx(acceleration.item())
+        assert terms.alignment[n].item() == pytest.approx(alignment.item(), abs=1e-6)
+        total = velocity + 0.7 * acceleration + 0.4 * alignment
+        assert loss.total(terms)[n].item() == pytest.approx(total.item(), abs=1e-6)
+
+
+def test_input_is_the_noisy_latent_of_the_first_time(case):
+    seen = []
+    model = lambda x, t, y: seen.append((x, t)) or case.output  # noqa: E731
+    DeepFlowLoss().terms(model, case.x0, case.y, case.times, case.noise)
+    t1 = case.times[0].view(N, 1, 1, 1)
+    assert torch.allclose(seen[0][0], (1 - t1) * case.x0 + t1 * case.noise)
+    assert torch.equal(seen[0][1], case.times)
+
+
+def test_acceleration_term_does_not_train_velocities(case):
+    terms = DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise)
+    terms.acceleration.sum().backward()
+    assert all(v.grad is None or not v.grad.any() for v in case.output.velocities)
+    assert all(a.grad.any() for a in case.output.accelerations)
+
+
+def test_branch_times_stay_near_in_range_and_go_one_way():
+    first = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    times = branch_times(first, 4, 0.05, torch.Generator().manual_seed(1))
+    gaps = times.diff(dim=0)
+    assert torch.equal(times[0], first)
+    assert times.min() >= 0 and times.max() <= 1
+    assert gaps.abs().max() <= 0.05 + 1e-6
+    inner = ((times > 0) & (times < 1)).all(0)
+    assert torch.equal(gaps[:, inner].sign().abs(), torch.ones_like(gaps[:, inner]))
+    assert (gaps[:, inner].sign() == gaps[0, inner].sign()).all()
+    assert abs(gaps[0, inner].sign().mean()) < 0.03  # both ways equally often, sample by sample
+    assert abs(gaps[0, inner].abs().mean() - 0.025) < 0.001  # u is uniform
+
+
+def test_labels_drop_to_the_null_class_at_the_given_rate():
+    y = torch.arange(20_000) % 10
+    dropped = drop_labels(y, 10, 0.1, torch.Generator().manual_seed(0))
+    assert torch.equal(dropped[dropped != 10], y[dropped != 10])
+    assert abs((dropped == 10).float().mean() - 0.1) < 0.01
+    assert torch.equal(drop_labels(y, 10, 0.0, torch.Generator()), y)
+
+
+@pytest.mark.parametrize("df_idxs", [[], [1], [1, 2]])
+def test_a_training_call_is_a_function_of_the_generator(df_idxs):
+    model = DeepFlow(16, 3, 2, num_classes=3, projector_dim=8, df_idxs=df_idxs, input_size=4)
+    loss, x0, y = DeepFlowLoss(), torch.randn(5, 4, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+    a, b, c = (loss.total(loss(model, x0, y, torch.Generator().manual_seed(s))) for s in (0, 0, 1))
+    assert a.shape == (5,)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_wrong_number_of_weights_is_a_user_error(case):
+    loss = DeepFlowLoss(scale_weight=[0.2, 1.0])
+    with pytest.raises(UserError, match="scale_weight has 2 entries for 3 branches"):
+        loss.terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise)
+
+
+def test_wrong_number_of_times_is_a_user_error(case):
+    with pytest.raises(UserError, match="2 times were given for a model of 3 branches"):
+        DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times[:2], case.noise)
