@@ -97,9 +97,7 @@ def draw_times(weighting: str, path_type: str, count: int, generator: torch.Gene
         UserError: if `weighting` or `path_type` is unknown.
     """
     if weighting not in WEIGHTINGS:
-        raise UserError(
-            f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)} (--weighting)"
-        )
+        raise UserError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)} (--weighting)")
     if path_type not in PATHS:
         raise UserError(f"unknown path type {path_type!r}: choose one of {', '.join(PATHS)} (--path-type)")
     if weighting == "uniform":

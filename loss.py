@@ -134,16 +134,10 @@ class DeepFlowLoss:
         k = len(times)
         weights = [0.2] * (k - 1) + [1.0] if self.scale_weight is None else self.scale_weight
         if len(weights) != k:
-            raise UserError(
-                f"scale_weight has {len(weights)} entries for {k} branches: give one each (--scale-weight)"
-            )
-        return torch.tensor(
-            weights, device=times.device, dtype=torch.promote_types(times.dtype, torch.float32)
-        )
+            raise UserError(f"scale_weight has {len(weights)} entries for {k} branches: give one each (--scale-weight)")
+        return torch.tensor(weights, device=times.device, dtype=torch.promote_types(times.dtype, torch.float32))
 
-    def _acceleration_error(
-        self, x0: Tensor, noise: Tensor, t: Tensor, velocity: Tensor, accel: Tensor
-    ) -> Tensor:
+    def _acceleration_error(self, x0: Tensor, noise: Tensor, t: Tensor, velocity: Tensor, accel: Tensor) -> Tensor:
         """Second-order Taylor step from t to the data at 0, per sample (Eq. 7); the velocity is not trained by it."""
         x = interpolate(self.path_type, x0, noise, t)
         step = (0 - t).reshape(-1, *[1] * (x0.ndim - 1)).to(x.dtype)

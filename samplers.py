@@ -118,9 +118,7 @@ def dopri5(velocity: Callable[[Tensor, float], Tensor], x: Tensor, rtol: float, 
     from torchdiffeq import odeint
 
     times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
-    return odeint(
-        lambda t, state: velocity(state, float(t)), x, times, rtol=rtol, atol=atol, method="dopri5"
-    )[-1]
+    return odeint(lambda t, state: velocity(state, float(t)), x, times, rtol=rtol, atol=atol, method="dopri5")[-1]
 
 
 def classifier_free_guidance(
@@ -172,6 +170,4 @@ class ImageNoise:
 
     def draw(self) -> Tensor:
         """The next noise of every image, (N, C, H, W), float32: first the initial state, then step after step."""
-        return torch.from_numpy(
-            np.stack([s.standard_normal(self.shape, dtype=np.float32) for s in self.streams])
-        )
+        return torch.from_numpy(np.stack([s.standard_normal(self.shape, dtype=np.float32) for s in self.streams]))

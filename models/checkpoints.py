@@ -6,7 +6,6 @@ class the official files contain, allowed.
 
 import argparse
 import json
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -32,9 +31,7 @@ class Checkpoint(NamedTuple):
 
     config: dict[str, Any]  # arguments of DeepFlow
     weights: dict[str, Tensor]
-    metadata: dict[
-        str, Any
-    ]  # what the writer said of it: step, path_type, vae, ...; empty for official files
+    metadata: dict[str, Any]  # what the writer said of it: step, path_type, vae, ...; empty for official files
 
 
 def save(
@@ -46,10 +43,10 @@ def save(
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     header = {"format": "pt", "config": json.dumps(dict(config)), "metadata": json.dumps(dict(metadata))}
     save_file(tensors, aside, metadata=header)
-    os.replace(aside, path)
+    aside.replace(path)
 
 
-def load(path: str | Path, **overrides: Any) -> DeepFlow:  # noqa: ANN401 - any DeepFlow argument
+def load(path: str | Path, **overrides: Any) -> DeepFlow:
     """The network of a checkpoint with its EMA weights, in evaluation mode, on the CPU.
 
     Args:
@@ -74,15 +71,13 @@ def build(checkpoint: Checkpoint, name: str) -> DeepFlow:
     return model.eval()
 
 
-def read(path: str | Path, **overrides: Any) -> Checkpoint:  # noqa: ANN401 - any DeepFlow argument
+def read(path: str | Path, **overrides: Any) -> Checkpoint:
     """A checkpoint's architecture, EMA weights and metadata; see `load`."""
     path = Path(path)
     if path.is_dir():
         path = path / EMA_NAME
     if not path.is_file():
-        raise UserError(
-            f"no checkpoint at {path}: give a .safetensors, a folder with {EMA_NAME}, or an official .pt"
-        )
+        raise UserError(f"no checkpoint at {path}: give a .safetensors, a folder with {EMA_NAME}, or an official .pt")
     checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else read_official(path, overrides)
     if not checkpoint.config:
         checkpoint = checkpoint._replace(config=infer_config(checkpoint.weights, {}, overrides, str(path)))
@@ -96,13 +91,9 @@ def read_safetensors(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        return Checkpoint(
-            json.loads(header.get("config", "{}")), weights, json.loads(header.get("metadata", "{}"))
-        )
+        return Checkpoint(json.loads(header.get("config", "{}")), weights, json.loads(header.get("metadata", "{}")))
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} is damaged or not safetensors ({error}): copy or download it again"
-        ) from error
+        raise UserError(f"{path} is damaged or not safetensors ({error}): copy or download it again") from error
 
 
 def read_official(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
@@ -138,9 +129,7 @@ def infer_config(
     except KeyError as error:
         raise UserError(f"{name} is not a DeepFlow checkpoint: it has no tensor {error}") from error
     depth = 1 + max((int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, weights) if m), default=-1)
-    gaps = 1 + max(
-        (int(m[1]) for m in map(re.compile(r"df_blocks\.(\d+)\.").match, weights) if m), default=-1
-    )
+    gaps = 1 + max((int(m[1]) for m in map(re.compile(r"df_blocks\.(\d+)\.").match, weights) if m), default=-1)
     acc_mlp, projector = weights.get("df_blocks.0.acc_mlp.0.weight"), weights.get("projectors.0.4.weight")
     told = {**flags, **{key: value for key, value in overrides.items() if value is not None}}
 
@@ -155,9 +144,7 @@ def infer_config(
         )
     num_heads = told.get("num_heads", HEADS_OF_WIDTH.get(hidden_size))
     if num_heads is None:
-        raise UserError(
-            f"{name} has width {hidden_size}, which is none of the paper's: give num_heads as well"
-        )
+        raise UserError(f"{name} has width {hidden_size}, which is none of the paper's: give num_heads as well")
     return dict(
         hidden_size=hidden_size,
         depth=depth,

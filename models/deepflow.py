@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from errors import UserError
@@ -40,13 +39,9 @@ def check_branch_ends(df_idxs: Sequence[int], depth: int) -> list[int]:
     """
     ends = list(df_idxs)
     if any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
-        raise UserError(
-            f"df_idxs {ends} must be integers: the block counts after which a branch ends (--df-idxs)"
-        )
+        raise UserError(f"df_idxs {ends} must be integers: the block counts after which a branch ends (--df-idxs)")
     if any(not 0 < end < depth for end in ends):
-        raise UserError(
-            f"df_idxs {ends} must lie in 1..{depth - 1} for a depth of {depth} (--df-idxs, --trans-depth)"
-        )
+        raise UserError(f"df_idxs {ends} must lie in 1..{depth - 1} for a depth of {depth} (--df-idxs, --trans-depth)")
     if any(a >= b for a, b in pairwise(ends)):
         raise UserError(f"df_idxs {ends} must be strictly increasing (--df-idxs)")
     return ends
@@ -125,9 +120,7 @@ class DeepFlow(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, qk_norm=qk_norm) for _ in range(depth))
         # Two velocity heads at most: one shared by the intermediate branches, one of the last branch.
         heads = 2 if gaps else 1
-        self.final_layer = nn.ModuleList(
-            OutputHead(hidden_size, patch_size, in_channels) for _ in range(heads)
-        )
+        self.final_layer = nn.ModuleList(OutputHead(hidden_size, patch_size, in_channels) for _ in range(heads))
         if gaps:
             self.dt_embedder = TimestepEmbedder(2 * hidden_size)
             self.df_blocks = nn.ModuleList(
@@ -135,9 +128,7 @@ class DeepFlow(nn.Module):
             )
             self.final_acc_layer = OutputHead(hidden_size, patch_size, in_channels)
             if ssl_dim:
-                self.projectors = nn.ModuleList(
-                    ssl_projector(hidden_size, projector_dim, ssl_dim) for _ in range(gaps)
-                )
+                self.projectors = nn.ModuleList(ssl_projector(hidden_size, projector_dim, ssl_dim) for _ in range(gaps))
         self.initialize()
 
     def initialize(self) -> None:

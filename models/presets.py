@@ -13,12 +13,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "Tiny": dict(hidden_size=128, num_heads=4, sit_depth=8, deepflow_depth=8, branches=2, projector_dim=256),
     "S": dict(hidden_size=384, num_heads=6, sit_depth=12, deepflow_depth=12, branches=2, projector_dim=2048),
     "B": dict(hidden_size=768, num_heads=12, sit_depth=12, deepflow_depth=12, branches=2, projector_dim=2048),
-    "L": dict(
-        hidden_size=1024, num_heads=16, sit_depth=24, deepflow_depth=24, branches=2, projector_dim=2048
-    ),
-    "XL": dict(
-        hidden_size=1152, num_heads=16, sit_depth=28, deepflow_depth=24, branches=3, projector_dim=2048
-    ),
+    "L": dict(hidden_size=1024, num_heads=16, sit_depth=24, deepflow_depth=24, branches=2, projector_dim=2048),
+    "XL": dict(hidden_size=1152, num_heads=16, sit_depth=28, deepflow_depth=24, branches=3, projector_dim=2048),
 }
 NAME = re.compile(r"(?P<kind>DeepFlow|SiT)-(?P<size>[A-Za-z]+)/2(?:-(?P<branches>\d+)T)?")
 
@@ -30,13 +26,11 @@ def equal_branches(depth: int, branches: int) -> list[int]:
         UserError: if the depth is not a multiple of the number of branches.
     """
     if branches < 1 or depth % branches:
-        raise UserError(
-            f"depth {depth} does not divide into {branches} equal branches: give df_idxs (--df-idxs)"
-        )
+        raise UserError(f"depth {depth} does not divide into {branches} equal branches: give df_idxs (--df-idxs)")
     return [depth * i // branches for i in range(1, branches)]
 
 
-def model_config(name: str, **overrides: Any) -> dict[str, Any]:  # noqa: ANN401 - any DeepFlow argument
+def model_config(name: str, **overrides: Any) -> dict[str, Any]:
     """The `DeepFlow` arguments for a name such as `DeepFlow-XL/2`, `DeepFlow-B/2-2T` or `SiT-L/2`.
 
     Overrides that are None count as not given. Without `df_idxs`, the branches are equal: k from the name, else the
@@ -54,9 +48,7 @@ def model_config(name: str, **overrides: Any) -> dict[str, Any]:  # noqa: ANN401
     is_sit = match["kind"] == "SiT"
     depth = given.pop("depth", preset["sit_depth" if is_sit else "deepflow_depth"])
     if is_sit and given.get("df_idxs"):
-        raise UserError(
-            f"{name} has one branch, but df_idxs is {list(given['df_idxs'])}: choose a DeepFlow (--model)"
-        )
+        raise UserError(f"{name} has one branch, but df_idxs is {list(given['df_idxs'])}: choose a DeepFlow (--model)")
     if "df_idxs" not in given:
         branches = 1 if is_sit else int(match["branches"] or preset["branches"])
         given["df_idxs"] = equal_branches(depth, branches)
@@ -64,6 +56,6 @@ def model_config(name: str, **overrides: Any) -> dict[str, Any]:  # noqa: ANN401
     return {**sizes, "depth": depth, **given}
 
 
-def create_model(name: str, **overrides: Any) -> DeepFlow:  # noqa: ANN401 - any DeepFlow argument
+def create_model(name: str, **overrides: Any) -> DeepFlow:
     """A freshly initialised network: `create_model("DeepFlow-XL/2", depth=24, df_idxs=[8, 16])`, see `model_config`."""
     return DeepFlow(**model_config(name, **overrides))

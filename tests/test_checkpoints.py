@@ -32,9 +32,7 @@ def official(path, model, **flags):
 def same_answer(a, b):
     x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([[0.2, 0.7], [0.3, 0.6]]), torch.tensor([0, 3])
     return all(
-        torch.equal(u, v)
-        for p, q in zip(a(x, t, y), b(x, t, y), strict=True)
-        for u, v in zip(p, q, strict=True)
+        torch.equal(u, v) for p, q in zip(a(x, t, y), b(x, t, y), strict=True) for u, v in zip(p, q, strict=True)
     )
 
 
@@ -66,9 +64,7 @@ def test_official_checkpoint_takes_ema_and_flags(tmp_path, model):
 @pytest.mark.parametrize("df_idxs", [[1], "[1]", "1"])
 def test_official_df_idxs_in_any_form(tmp_path, df_idxs):
     model = DeepFlow(**{**TINY, "df_idxs": [1]})
-    assert checkpoints.load(official(tmp_path / "x.pt", model, df_idxs=df_idxs), num_heads=2).config[
-        "df_idxs"
-    ] == [1]
+    assert checkpoints.load(official(tmp_path / "x.pt", model, df_idxs=df_idxs), num_heads=2).config["df_idxs"] == [1]
 
 
 def test_official_checkpoint_without_flags_is_inferred_from_shapes(tmp_path, golden_model, golden_config):
@@ -77,9 +73,7 @@ def test_official_checkpoint_without_flags_is_inferred_from_shapes(tmp_path, gol
     assert checkpoints.load(path, num_heads=4).config == golden_model.config
     assert checkpoints.load(path, **golden_config).config == golden_model.config
     # The published weights as safetensors, without a config in the header.
-    assert (
-        checkpoints.load(GOLDEN / "deepflow_tiny_2T.safetensors", num_heads=4).config == golden_model.config
-    )
+    assert checkpoints.load(GOLDEN / "deepflow_tiny_2T.safetensors", num_heads=4).config == golden_model.config
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,7 @@ def test_golden_outputs_at_one_time_and_null_class(golden_model, golden_io):
 
 def test_configuration_round_trips(golden_config, golden_model):
     assert "decoder_hidden_size" not in golden_model.config
-    assert (
-        golden_model.config.items() >= {k: v for k, v in golden_config.items() if k[:7] != "decoder"}.items()
-    )
+    assert golden_model.config.items() >= {k: v for k, v in golden_config.items() if k[:7] != "decoder"}.items()
     assert DeepFlow(**golden_model.config).config == golden_model.config
     assert json.loads(json.dumps(golden_model.config)) == golden_model.config
 
