@@ -67,9 +67,7 @@ def list_images(source: str | Path) -> SourceImages:
     else:
         for name in names:
             if "/" not in name:
-                raise UserError(
-                    f"{folder / name} is in no class folder, and there is no {MANIFEST} with labels"
-                )
+                raise UserError(f"{folder / name} is in no class folder, and there is no {MANIFEST} with labels")
         class_names = sorted({name.split("/")[0] for name in names})
         number = {class_name: label for label, class_name in enumerate(class_names)}
         label_of = {name: number[name.split("/")[0]] for name in names}
@@ -106,7 +104,7 @@ def read_image(file: Path) -> np.ndarray:
 
 
 class _ImageFiles(Dataset):
-    """The images as uint8 tensors (resolution, resolution, 3)."""
+    """Batches of images, uint8 (B, resolution, resolution, 3)."""
 
     def __init__(self, images: SourceImages, resolution: int) -> None:
         self.images, self.resolution = images, resolution
@@ -114,15 +112,35 @@ class _ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.images.names)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        file = self.images.folder / self.images.names[index]
+    def __getitems__(self, indices: list[int]) -> torch.Tensor | UserError:
+        """A batch, or else the mistake: raised in a worker it would arrive wrapped in a traceback."""
+        try:
+            return torch.stack([self._read(self.images.folder / self.images.names[i]) for i in indices])
+        except UserError as error:
+            return error
+
+    def _read(self, file: Path) -> torch.Tensor:
         pixels = read_image(file)
         if pixels.shape[:2] != (self.resolution, self.resolution):
             raise UserError(
-                f"{file} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but the first image is "
-                f"{self.resolution} x {self.resolution}: bring all images to one size first"
+                f"{file} is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected {self.resolution} x "
+                f"{self.resolution}, the height of the first image: bring all to one square size"
             )
         return torch.from_numpy(pixels)
+
+
+def _encoded(vae: "AutoencoderKL", loader: DataLoader) -> Iterator[np.ndarray]:
+    """Moments (B, 2C, h, w) float32 of each batch, under a progress bar."""
+    with tqdm(total=len(loader.dataset), desc="encode", unit="img") as bar:
+        for pixels in loader:
+            if isinstance(pixels, UserError):
+                raise pixels
+            yield encode_moments(vae, pixels).cpu().numpy()
+            bar.update(len(pixels))
+
+
+def _as_it_is(batch: torch.Tensor | UserError) -> torch.Tensor | UserError:
+    return batch
 
 
 def encode(
@@ -145,9 +163,7 @@ def encode(
     vae = load_vae(vae_name, device=device, dtype=torch.float32)
     reduction = 2 ** (len(vae.config.block_out_channels) - 1)  # 8 for the SD-VAE
     if resolution % reduction:
-        raise UserError(
-            f"images are {resolution} pixels high, {vae_name} needs a multiple of {reduction}: resize them"
-        )
+        raise UserError(f"images are {resolution} pixels high, {vae_name} needs a multiple of {reduction}: resize them")
     manifest = packed_manifest(
         images.names,
         images.labels,
@@ -163,15 +179,13 @@ def encode(
         _check_same(manifest, read_manifest(dest), dest)
         print(f"{dest} is complete ({len(images.names)} samples): nothing to do")
         return
-    loader = DataLoader(_ImageFiles(images, resolution), batch_size=batch_size, num_workers=num_workers)
-
-    def moments() -> Iterator[np.ndarray]:
-        with tqdm(total=len(images.names), desc="encode", unit="img") as bar:
-            for pixels in loader:
-                yield encode_moments(vae, pixels).float().cpu().numpy()
-                bar.update(len(pixels))
-
-    write_packed(dest, manifest, moments(), images.names, images.labels, shard_rows)
+    loader = DataLoader(
+        _ImageFiles(images, resolution),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+    )
+    write_packed(dest, manifest, _encoded(vae, loader), images.names, images.labels, shard_rows)
     print(f"{dest}: {len(images.names)} samples in {len(images.class_names)} classes")
 
 
@@ -242,9 +256,7 @@ def main() -> None:
     )
     parse.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default: 64)")
     best_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parse.add_argument(
-        "--device", default=best_device, help=f"where the VAE runs (default here: {best_device})"
-    )
+    parse.add_argument("--device", default=best_device, help=f"where the VAE runs (default here: {best_device})")
     parse.add_argument("--num-workers", type=int, default=2, help="processes that read images (default: 2)")
     for name, purpose in (("info", "say what a dataset is"), ("verify", "check every file by its checksum")):
         commands.add_parser(name, help=purpose).add_argument("path", help="folder of a packed dataset")
