@@ -1,0 +1,177 @@
+"""Trains the small models that ship with the demo, on the demo images.
+
+    python -m preprocessing.demo_models vae --data data/demo/images --dest assets/demo_vae
+
+A GPU is used when present; each fits a CPU of two cores.
+"""
+
+import argparse
+import copy
+import json
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from errors import UserError, exits_on_user_error
+from models import vae as latent_space
+
+
+def load_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images that `folder/dataset.json` lists: uint8 (N, H, W, 3) and their int64 class numbers (N,)."""
+    try:
+        entries = json.loads((folder / "dataset.json").read_text())["labels"]
+        images = [np.asarray(Image.open(folder / file).convert("RGB")) for file, _ in entries]
+        labels = [int(label) for _, label in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"no readable images with a dataset.json in {folder} ({error}): make them with "
+            f"python -m preprocessing.demo_data --dest {folder}"
+        ) from error
+    if len({image.shape for image in images}) != 1:
+        raise UserError(f"the images in {folder} are none or differ in size: they must all have one size")
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
+
+def train_vae(
+    data: Path,
+    dest: Path,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    kl_weight: float,
+    max_minutes: float,
+    seed: int,
+) -> None:
+    """Train an `AutoencoderKL` (f = 8, 4 channels, 1.7M parameters), saving it to `dest` ten times.
+
+    Loss: L1 + 2 MSE of the reconstruction in [-1, 1], plus `kl_weight` times the KL to N(0, I) summed over an
+    image's latent. The saved weights are an exponential moving average (0.999), and the scaling factor in the
+    saved config is 1 / std of the latents of all images, so that scaled latents have unit variance.
+    The learning rate decays along a cosine over `steps` or `max_minutes`, whichever passes sooner.
+    """
+    from diffusers import AutoencoderKL
+
+    images, _ = load_images(data)
+    if images.shape[1] % 8 or images.shape[2] % 8:
+        raise UserError(f"images of {images.shape[1]} x {images.shape[2]} px: sides must be multiples of 8")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=images.shape[1],
+    ).to(device)
+    ema = copy.deepcopy(vae).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(seed)
+    images = images.to(device)
+
+    start = time.monotonic()
+    progress = tqdm(total=steps, desc="training the VAE", unit="step")
+    step, saved, fraction = 0, 0, 0.0
+    while fraction < 1:
+        warmup = min(1.0, (step + 1) / 200)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warmup * 0.5 * (1 + math.cos(math.pi * fraction))
+
+        batch = images[torch.randint(len(images), (batch_size,), generator=generator).to(device)]
+        target = latent_space.pixels_to_input(batch)
+        flip = (torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
+        target = torch.where(flip, target.flip(-1), target)
+        with torch.autocast(device, torch.bfloat16):
+            posterior = vae.encode(target).latent_dist
+            output = vae.decode(posterior.sample()).sample
+        error = output.float() - target
+        loss = error.abs().mean() + 2 * error.square().mean() + kl_weight * posterior.kl().float().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+
+        decay = min(0.999, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(vae.parameters()), 1 - decay)
+        progress.update()
+        fraction = max(step / steps, (time.monotonic() - start) / (60 * max_minutes))
+        if fraction * 10 >= saved + 1 or fraction >= 1:
+            saved += 1
+            seen = images if fraction >= 1 else images[::8]  # all of them take a while on a CPU
+            psnr = save_vae(ema, seen, dest)
+            tqdm.write(f"step {step}: loss {loss.item():.4f}, PSNR {psnr:.2f} dB over {len(seen)} images")
+    progress.close()
+
+
+@torch.no_grad()
+def save_vae(vae: torch.nn.Module, images: torch.Tensor, dest: Path) -> float:
+    """Save `vae` to the folder `dest` as float16 safetensors with its scaling factor; returns its PSNR in dB.
+
+    PSNR and scaling factor are those of the saved, rounded weights, over all `images` (uint8, (N, H, W, 3)).
+    """
+    rounded = copy.deepcopy(vae).half().float()
+    moments = torch.cat([latent_space.encode_moments(rounded, part) for part in images.split(64)])
+    mean, std = moments.chunk(2, dim=1)
+    # variance of mean + std * n over images and noise
+    scale = (mean.var() + std.square().mean()).rsqrt().item()
+    rounded.register_to_config(scaling_factor=round(scale, 5))
+    psnr = reconstruction_psnr(rounded, images, moments)
+
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
+    try:
+        rounded.half().save_pretrained(aside, safe_serialization=True)
+        dest.mkdir(exist_ok=True)
+        for file in aside.iterdir():
+            file.replace(dest / file.name)
+    finally:
+        shutil.rmtree(aside)
+    return psnr
+
+
+def reconstruction_psnr(vae: torch.nn.Module, images: torch.Tensor, moments: torch.Tensor) -> float:
+    """PSNR in dB over all pixels of uint8 `images` (N, H, W, 3), decoded from the mean half of `moments`."""
+    squared = 0.0
+    for part, part_moments in zip(images.split(64), moments.split(64), strict=True):
+        mean = part_moments.chunk(2, dim=1)[0]
+        decoded = latent_space.decode(vae, mean * vae.config.scaling_factor)
+        squared += (decoded.double() - part.double()).square().sum().item()
+    return 10 * math.log10(255**2 * images.numel() / max(squared, 1e-9))
+
+
+@exits_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="preprocessing.demo_models", description="Train the small models that ship with the demo."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show_default = argparse.ArgumentDefaultsHelpFormatter
+
+    vae = commands.add_parser("vae", help="the demo's AutoencoderKL", formatter_class=show_default)
+    vae.add_argument("--data", type=Path, default=Path("data/demo/images"), help="folder of demo images")
+    vae.add_argument("--dest", type=Path, default=Path("assets/demo_vae"), help="folder to save to")
+    vae.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
+    vae.add_argument("--batch-size", type=int, default=16, help="images a step")
+    vae.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    vae.add_argument("--kl-weight", type=float, default=1e-6, help="weight of an image's summed KL, in nats")
+    vae.add_argument("--max-minutes", type=float, default=60, help="end the cosine after so many minutes")
+    vae.add_argument("--seed", type=int, default=0, help="seed of weights, data order and noise")
+
+    args = parser.parse_args()
+    options = {name: value for name, value in vars(args).items() if name != "command"}
+    if args.command == "vae":
+        train_vae(**options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Training the demo's own small models: a few steps on a few images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from errors import UserError
+from models import vae as latent_space
+from preprocessing import demo_models
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six 16 px images of plain colours, listed as the demo data is."""
+    images = tmp_path / "images"
+    images.mkdir()
+    labels = []
+    for index in range(6):
+        pixels = np.full((16, 16, 3), 40 * index, dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{index}.png")
+        labels.append([f"{index}.png", index % 2])
+    (images / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return images
+
+
+def train(data, dest, **changes):
+    options = dict(steps=3, batch_size=2, lr=1e-3, kl_weight=1e-6, max_minutes=1.0, seed=0)
+    demo_models.train_vae(data, dest, **{**options, **changes})
+
+
+def test_images_and_labels_in_listed_order(folder):
+    images, labels = demo_models.load_images(folder)
+    assert images.shape == (6, 16, 16, 3) and images.dtype == torch.uint8
+    assert images[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160, 200]
+    assert labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_saved_vae_loads_and_scales_latents_to_unit_variance(folder, tmp_path):
+    train(folder, tmp_path / "vae")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "vae"]  # nothing left beside
+    vae = latent_space.load_vae(tmp_path / "vae")
+    images, _ = demo_models.load_images(folder)
+    moments = latent_space.encode_moments(vae, images)
+    noise = torch.randn(500, *moments[:, :4].shape[1:], generator=torch.Generator().manual_seed(0))
+    many = moments.repeat(500 // 6 + 1, 1, 1, 1)[:500]
+    latents = latent_space.sample_latents(many, vae.config.scaling_factor, noise)
+    assert latents.std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_same_seed_same_weights(folder, tmp_path):
+    for name, changes in {"a": {}, "b": {}, "c": {"seed": 1}}.items():
+        train(folder, tmp_path / name, **changes)
+    a, b, c = (latent_space.load_vae(tmp_path / name).state_dict() for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["decoder.conv_in.weight"], c["decoder.conv_in.weight"])
+
+
+def test_psnr_closed_form(folder, tmp_path):
+    """A decoder that answers one grey everywhere: PSNR is that of the distance to it."""
+    train(folder, tmp_path / "vae", steps=1)
+    vae = latent_space.load_vae(tmp_path / "vae")
+    vae.decoder.conv_out.weight.zero_()
+    vae.decoder.conv_out.bias.zero_()  # output 0 is pixel 128
+    images = torch.full((2, 16, 16, 3), 118, dtype=torch.uint8)
+    moments = latent_space.encode_moments(vae, images)
+    psnr = demo_models.reconstruction_psnr(vae, images, moments)
+    assert psnr == pytest.approx(20 * np.log10(255 / 10), abs=1e-6)
+
+
+def test_missing_or_mixed_data(folder, tmp_path):
+    with pytest.raises(UserError, match="preprocessing.demo_data"):
+        demo_models.load_images(tmp_path / "nowhere")
+    Image.new("RGB", (8, 8)).save(folder / "3.png")
+    with pytest.raises(UserError, match="one size"):
+        demo_models.load_images(folder)
