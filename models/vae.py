@@ -56,8 +56,8 @@ def load_vae(
 
 
 def _looks_local(source: str) -> bool:
-    """Whether a name can only mean a place on disk: hub names are `owner/name` and start with neither . / ~"""
-    return source.startswith((".", "/", "~")) or source.count("/") != 1
+    """Whether a name can only mean a place on disk. A hub name is `owner/name`, and no folder `owner` is here."""
+    return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).parent.is_dir()
 
 
 def pixels_to_input(pixels: torch.Tensor) -> torch.Tensor:

@@ -111,6 +111,14 @@ def test_sides_must_be_multiples_of_f(vae):
         latent_space.encode_moments(vae, torch.zeros(1, 30, 32, 3, dtype=torch.uint8))
 
 
+def test_a_mistyped_folder_is_no_hub_name(monkeypatch, tmp_path):
+    """`assets/vea` beside an existing `assets` must not start a search of the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").mkdir()
+    with pytest.raises(UserError, match="no VAE folder at assets/vea"):
+        latent_space.load_vae("assets/vea")
+
+
 def test_missing_folder_and_broken_files(folder, tmp_path):
     with pytest.raises(UserError, match=r"no VAE folder at \./nowhere"):
         latent_space.load_vae("./nowhere")
