@@ -1,13 +1,26 @@
 """The one way a user's mistake is reported: a single line on stderr and exit code 2."""
 
+import argparse
 import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: the message says what was given, what was expected, what to change."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other mistake, and does not guess abbreviated flags."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError` in place of printing the usage."""
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
