@@ -13,14 +13,15 @@ Whatever has `gather(indices)` and `len()` as `PackedLatents` does can be given 
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from errors import UserError
 
@@ -175,9 +176,7 @@ class DataOrder:
         """Sample indices (global_batch,) int64 of optimizer step `step`, counted from 0."""
         first = step * self.global_batch
         epochs, offsets = np.divmod(np.arange(first, first + self.global_batch), self.size)
-        return np.concatenate(
-            [self._permutation(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
-        )
+        return np.concatenate([self._permutation(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
 class LatentBatch(NamedTuple):
@@ -188,22 +187,7 @@ class LatentBatch(NamedTuple):
     indices: torch.Tensor  # (B,) int64, which samples of the dataset these are
 
 
-class _Gathered(Dataset):
-    """Lets a DataLoader fetch each batch by one `gather` in place of a read per sample."""
-
-    def __init__(self, data: PackedLatents) -> None:
-        self.data = data
-
-    def __getitems__(self, indices: np.ndarray) -> LatentBatch:
-        moments, labels = self.data.gather(indices)
-        return LatentBatch(*map(torch.from_numpy, (moments, labels, indices)))
-
-
-def _as_it_is(batch: LatentBatch) -> LatentBatch:
-    return batch
-
-
-def _process_batches(
+def _indices_of_process(
     order: DataOrder, start_step: int, rank: int, world: int, micro_batches: int
 ) -> Iterator[np.ndarray]:
     for step in itertools.count(start_step):
@@ -223,9 +207,9 @@ def latent_batches(
 
     Each step yields `micro_batches` batches of global_batch / (world * micro_batches) samples. The global
     batch is cut in contiguous parts: micro-batch m of process r is part r * micro_batches + m, so what the
-    step trains on depends on neither processes, nor accumulation, nor workers. Batches are prefetched by
-    `num_workers` processes (0: read in this one) and lie in pinned memory where there is a GPU. The global
-    random state is not touched.
+    step trains on depends on neither processes, nor accumulation, nor workers. `num_workers` threads read ahead
+    (0: nothing is read ahead); threads suffice, as NumPy gathers without holding the interpreter, and unlike
+    processes they need not copy each batch to another. Batches lie in pinned memory where there is a GPU.
 
     Raises `UserError` if the global batch does not divide evenly, or `order` is for another number of
     samples.
@@ -237,12 +221,22 @@ def latent_batches(
             f"batch size {order.global_batch} is not divisible by {world} processes x {micro_batches} "
             "accumulation steps: change --batch-size or --gradient-accumulation-steps"
         )
-    loader = DataLoader(
-        _Gathered(data),
-        batch_sampler=_process_batches(order, start_step, rank, world, micro_batches),
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # a loader draws one seed; by default from the global state
-    )
-    return iter(loader)
+    indices = _indices_of_process(order, start_step, rank, world, micro_batches)
+    pin = torch.cuda.is_available()
+
+    def read(indices: np.ndarray) -> LatentBatch:
+        tensors = map(torch.from_numpy, (*data.gather(indices), indices))
+        return LatentBatch(*(tensor.pin_memory() if pin else tensor for tensor in tensors))
+
+    return _read_ahead(read, indices, num_workers) if num_workers else map(read, indices)
+
+
+def _read_ahead(
+    read: Callable[[np.ndarray], LatentBatch], indices: Iterator[np.ndarray], num_workers: int
+) -> Iterator[LatentBatch]:
+    """`map(read, indices)`, endless, with two batches a thread under way or waiting."""
+    with ThreadPoolExecutor(num_workers, "latents") as pool:
+        ahead = deque(pool.submit(read, next(indices)) for _ in range(2 * num_workers))
+        while True:
+            yield ahead.popleft().result()
+            ahead.append(pool.submit(read, next(indices)))

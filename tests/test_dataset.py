@@ -3,9 +3,9 @@
 import hashlib
 import itertools
 import json
-import multiprocessing
 import pickle
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -197,9 +197,7 @@ def global_batches(data, steps, start_step=0, world=1, num_workers=0, micro_batc
 @pytest.mark.parametrize(
     ("world", "num_workers", "micro_batches"), [(1, 2, 1), (2, 0, 1), (2, 2, 2), (4, 0, 2), (4, 2, 1)]
 )
-def test_global_batches_do_not_depend_on_processes_workers_or_accumulation(
-    folder, world, num_workers, micro_batches
-):
+def test_global_batches_do_not_depend_on_processes_workers_or_accumulation(folder, world, num_workers, micro_batches):
     data = PackedLatents(folder)
     expected = global_batches(data, steps=7)  # 56 of 23 samples: well into the third epoch
     found = global_batches(data, 7, world=world, num_workers=num_workers, micro_batches=micro_batches)
@@ -226,20 +224,30 @@ def test_batches_hold_the_samples_they_name(tmp_path):
         np.testing.assert_array_equal(batch.labels, labels[batch.indices])
 
 
-def test_loading_leaves_the_global_random_state_alone(folder):
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    data = PackedLatents(folder)
-    next(latent_batches(data, DataOrder(len(data), 8, 0), num_workers=1))
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_read_that_fails_reaches_the_caller_in_its_turn(folder, num_workers):
+    class Damaged(PackedLatents):
+        def gather(self, indices):
+            if 0 in indices:
+                raise OSError("bad sector")
+            return super().gather(indices)
+
+    data = Damaged(folder)
+    order = DataOrder(len(data), 4, seed=0)
+    good = next(step for step in range(100) if 0 in order.batch(step))
+    batches = latent_batches(data, order, num_workers=num_workers)
+    assert len(list(itertools.islice(batches, good))) == good
+    with pytest.raises(OSError, match="bad sector"):
+        next(batches)
 
 
-def test_a_spawned_process_reads_the_same(folder):
+def test_dropped_batches_leave_no_threads_behind(folder):
     data = PackedLatents(folder)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        moments, labels = pool.apply(data.gather, (np.arange(COUNT),))
-    np.testing.assert_array_equal(moments, data.gather(np.arange(COUNT))[0])
-    np.testing.assert_array_equal(labels, data.labels)
+    batches = latent_batches(data, DataOrder(len(data), 8, 0), num_workers=2)
+    next(batches)
+    assert any(thread.name.startswith("latents") for thread in threading.enumerate())
+    del batches
+    assert not any(thread.name.startswith("latents") for thread in threading.enumerate())
 
 
 def test_batches_that_do_not_divide_are_refused_with_both_numbers(folder):
