@@ -34,12 +34,8 @@ PACKAGES = ("numpy", "scipy", "torch", "torch-fidelity")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "reference", type=Path, metavar="REF.npz", help="reference images or ADM reference batch"
-    )
-    parser.add_argument(
-        "samples", type=Path, metavar="SAMPLES.npz", help="generated images, uint8 N x H x W x 3"
-    )
+    parser.add_argument("reference", type=Path, metavar="REF.npz", help="reference images or ADM reference batch")
+    parser.add_argument("samples", type=Path, metavar="SAMPLES.npz", help="generated images, uint8 N x H x W x 3")
     parser.add_argument(
         "--features",
         default="inception",
@@ -52,9 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="local weights (default: Inception from torch's cache or by download, demo from assets/)",
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)"
-    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)")
     parser.add_argument(
         "--json", type=Path, metavar="OUT", help="file for metrics and their circumstances (default: none)"
     )

@@ -88,15 +88,11 @@ class ImageArchive:
                 "expected uint8 of shape (N, H, W, 3), C order, values 0..255"
             )
         if archive.getinfo(IMAGES).file_size != header_bytes + math.prod(shape):
-            raise UserError(
-                f"{self.path}: arr_0 is shorter or longer than its shape {shape}; write the file again"
-            )
+            raise UserError(f"{self.path}: arr_0 is shorter or longer than its shape {shape}; write the file again")
         return shape
 
     def _damaged(self, error: Exception) -> str:
-        return (
-            f"{self.path}: not a complete .npz ({str(error) or type(error).__name__}); write or copy it again"
-        )
+        return f"{self.path}: not a complete .npz ({str(error) or type(error).__name__}); write or copy it again"
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -167,9 +167,7 @@ def _read_inception(path: Path) -> InceptionFeatures:
     try:
         return InceptionFeatures(state_dict)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"feature weights {path}: not the weights of that Inception network; {expected}"
-        ) from error
+        raise UserError(f"feature weights {path}: not the weights of that Inception network; {expected}") from error
 
 
 def _read_demo(path: Path) -> DemoFeatures:

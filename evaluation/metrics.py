@@ -42,7 +42,7 @@ def evaluate(
             serves many times, what `extract` returned for it. Statistics stored in a reference archive are
             used as they are.
         extractor: from `load_extractor`. Inception gives `fid`, `sfid`, `inception_score`, `precision`,
-            `recall`, `kid`; demo gives `frechet_distance`, `precision`, `recall`, `kid`.
+            `recall`, `kid`; demo gives `frechet_distance`.
         batch_size: images per forward pass; the values do not depend on it.
         progress: show bars.
 
@@ -65,9 +65,7 @@ def check_images(reference: Images | FeatureSet, samples: Images, extractor: Ext
     stored = _stored_statistics(reference, extractor)
     for name, dimension in (("mu", extractor.dimension), ("mu_s", SPATIAL_DIMENSION)):
         if name in stored and stored[name].shape != (dimension,):
-            raise UserError(
-                f"reference: {name} of shape {stored[name].shape}; expected ({dimension},), Inception's features"
-            )
+            raise UserError(f"reference: {name} of shape {stored[name].shape}; expected ({dimension},)")
     if "mu" not in stored and len(reference) <= extractor.dimension:
         raise UserError(_too_few("reference", len(reference), extractor))
     if len(reference) == 0:
@@ -81,9 +79,7 @@ def check_images(reference: Images | FeatureSet, samples: Images, extractor: Ext
         )
 
 
-def extract(
-    images: Images, extractor: Extractor, batch_size: int = 64, label: str | None = None
-) -> FeatureSet:
+def extract(images: Images, extractor: Extractor, batch_size: int = 64, label: str | None = None) -> FeatureSet:
     """Run the extractor over images; `label` names the progress bar, None shows none.
 
     Memory: pool features and logits are kept (4 bytes each: 0.6 GB for 50,000 images with Inception); of the
@@ -95,9 +91,7 @@ def extract(
     pool, logits = [], []
     with tqdm(total=len(images), desc=label, unit="img", disable=label is None) as bar:
         for batch in _batches(images, batch_size):
-            features = extractor(
-                torch.from_numpy(batch.copy()).to(device)
-            )  # copied: a view of a file is read-only
+            features = extractor(torch.from_numpy(batch.copy()).to(device))  # copied: a view of a file is read-only
             pool.append(features.pool.cpu().numpy())
             pool_statistics.update(pool[-1])
             if features.spatial is not None:
@@ -119,17 +113,21 @@ def extract(
 def compare(
     reference: FeatureSet, samples: FeatureSet, extractor_name: str, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
-    """Metrics of samples against reference; those that their features do not allow are left out."""
-    distance = "fid" if extractor_name == "inception" else "frechet_distance"
-    metrics = {distance: frechet_distance(*reference.gaussian, *samples.gaussian)}
+    """Metrics of samples against reference; those that their features do not allow are left out.
+
+    The demo features give the Frechet distance alone: among them the nearest-neighbour balls of a few odd images
+    are wide enough to hold even noise, so that precision would mislead.
+    """
+    distance = frechet_distance(*reference.gaussian, *samples.gaussian)
+    if extractor_name == "demo":
+        return {"frechet_distance": distance}
+    metrics = {"fid": distance}
     if reference.spatial_gaussian and samples.spatial_gaussian:
         metrics["sfid"] = frechet_distance(*reference.spatial_gaussian, *samples.spatial_gaussian)
     if samples.logits is not None:
         metrics["inception_score"] = inception_score(samples.logits)
     if reference.pool is not None:
-        metrics["precision"], metrics["recall"] = precision_recall(
-            reference.pool, samples.pool, device=device
-        )
+        metrics["precision"], metrics["recall"] = precision_recall(reference.pool, samples.pool, device=device)
         metrics["kid"] = kernel_distance(reference.pool, samples.pool)
     return metrics
 
@@ -239,12 +237,8 @@ def _stored_statistics(images: Images, extractor: Extractor) -> dict[str, np.nda
 
 
 def _check_shape(label: str, images: Images, extractor: Extractor) -> None:
-    if isinstance(images, np.ndarray) and (
-        images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3
-    ):
-        raise UserError(
-            f"{label}: {images.dtype} of shape {images.shape}; expected uint8 (N, H, W, 3), values 0..255"
-        )
+    if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
+        raise UserError(f"{label}: {images.dtype} of shape {images.shape}; expected uint8 (N, H, W, 3), values 0..255")
     expected = extractor.image_size
     if expected and tuple(images.shape[1:3]) != (expected, expected):
         raise UserError(

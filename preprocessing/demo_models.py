@@ -1,6 +1,7 @@
 """Trains the small models that ship with the demo, on the demo images.
 
     python -m preprocessing.demo_models vae --data data/demo/images --dest assets/demo_vae
+    python -m preprocessing.demo_models features --data data/demo/images --dest assets/demo_features.safetensors
 
 A GPU is used when present; each fits a CPU of two cores.
 """
@@ -16,10 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm, trange
 
 from errors import UserError, exits_on_user_error
+from evaluation.features import DemoFeatures
 from models import vae as latent_space
 
 
@@ -149,6 +154,77 @@ def reconstruction_psnr(vae: torch.nn.Module, images: torch.Tensor, moments: tor
     return 10 * math.log10(255**2 * images.numel() / max(squared, 1e-9))
 
 
+def train_features(data: Path, dest: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
+    """Train the demo's feature network and save it to the file `dest` (safetensors, config in the metadata).
+
+    From one 64-d feature vector it must tell which of the images it sees (shifted, blurred, noisy), the image's
+    class, and how strong blur and noise are. Telling classes alone would teach it to overlook blur and noise, but
+    a distance between sets of generated images has to grow with them.
+    """
+    images, labels = load_images(data)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    net = DemoFeatures(image_size=images.shape[1], widths=[32, 64, 96, 128], dimension=64).to(device)
+    heads = nn.ModuleDict(
+        {
+            "image": nn.Linear(net.dimension, len(images)),
+            "label": nn.Linear(net.dimension, int(labels.max()) + 1),
+            "corruption": nn.Linear(net.dimension, 2),
+        }
+    ).to(device)
+    optimizer = torch.optim.AdamW([*net.parameters(), *heads.parameters()], lr=lr, weight_decay=0.02)
+    pixels = latent_space.pixels_to_input(images)
+    steps = epochs * math.ceil(len(images) / batch_size)
+    progress = trange(steps, desc="training the feature network", unit="step")
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        index = torch.randint(len(images), (batch_size,), generator=generator)
+        seen, strength = corrupt(pixels[index], generator)
+        features = net.embed(seen.to(device))
+        losses = {
+            "image": F.cross_entropy(heads["image"](features), index.to(device), label_smoothing=0.1),
+            "label": F.cross_entropy(heads["label"](features), labels[index].to(device)),
+            "corruption": F.mse_loss(heads["corruption"](features), strength.to(device)),
+        }
+        loss = losses["image"] + 0.5 * losses["label"] + 4 * losses["corruption"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 99 or step == steps - 1:
+            tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {v.item():.4f}" for k, v in losses.items()))
+
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    aside = dest.with_name(f".{dest.name}.partial")
+    state = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
+    save_file(state, aside, metadata={"config": json.dumps(net.config)})
+    aside.replace(dest)
+
+
+def corrupt(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift images by up to 4 px, blur half of them and add noise to half of them.
+
+    images (n, 3, S, S) in [-1, 1] -> the same, and (n, 2) strengths in [0, 1]: Gaussian blur of up to 2 px, Gaussian
+    noise of standard deviation up to 0.5.
+    """
+    n, _, side, _ = images.shape
+    padded = F.pad(images, (4, 4, 4, 4), value=1.0)  # white, as the images' background
+    y, x = torch.randint(9, (2, n, 1), generator=generator) + torch.arange(side)  # (2, n, S)
+    shifted = padded[torch.arange(n)[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+
+    strength = torch.rand(2, n, generator=generator) * (torch.rand(2, n, generator=generator) < 0.5)
+    sigma = (2 * strength[0]).clamp(min=0.05)  # 0.05 px: no blur
+    taps = torch.exp(-(torch.arange(-5, 6) ** 2) / (2 * sigma[:, None] ** 2))
+    taps = (taps / taps.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # (3n, 11), one row a channel
+    planes = F.pad(shifted.reshape(1, 3 * n, side, side), (5, 5, 5, 5), mode="replicate")
+    blurred = F.conv2d(planes, taps[:, None, :, None], groups=3 * n)
+    blurred = F.conv2d(blurred, taps[:, None, None, :], groups=3 * n).view(n, 3, side, side)
+
+    noise = torch.randn(blurred.shape, generator=generator) * (0.5 * strength[1])[:, None, None, None]
+    return (blurred + noise).clamp(-1, 1), strength.T
+
+
 @exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -167,10 +243,20 @@ def main() -> None:
     vae.add_argument("--max-minutes", type=float, default=60, help="end the cosine after so many minutes")
     vae.add_argument("--seed", type=int, default=0, help="seed of weights, data order and noise")
 
+    features = commands.add_parser("features", help="the demo's feature network", formatter_class=show_default)
+    features.add_argument("--data", type=Path, default=Path("data/demo/images"), help="folder of demo images")
+    features.add_argument("--dest", type=Path, default=Path("assets/demo_features.safetensors"), help="file to save to")
+    features.add_argument("--epochs", type=int, default=80, help="passes over the images")
+    features.add_argument("--batch-size", type=int, default=128, help="images a step")
+    features.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
+    features.add_argument("--seed", type=int, default=0, help="seed of weights, data order and corruptions")
+
     args = parser.parse_args()
     options = {name: value for name, value in vars(args).items() if name != "command"}
     if args.command == "vae":
         train_vae(**options)
+    else:
+        train_features(**options)
 
 
 if __name__ == "__main__":

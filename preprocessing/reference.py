@@ -16,9 +16,7 @@ from errors import UserError, exits_on_user_error
 from preprocessing.dataset_tools import SourceImages, list_images, read_image
 
 
-def write_reference(
-    images_dir: str | Path, npz_path: str | Path, indices: Sequence[int] | None = None
-) -> Path:
+def write_reference(images_dir: str | Path, npz_path: str | Path, indices: Sequence[int] | None = None) -> Path:
     """Write the images below `images_dir` to `npz_path`, one at a time: memory does not grow with them.
 
     `arr_0` is uint8 (N, H, W, 3), `arr_1` int64 (N,) class numbers, both in the order of the images' names,
@@ -31,9 +29,7 @@ def write_reference(
     total = len(source.names)
     indices = range(total) if indices is None else indices
     if len(indices) == 0 or not all(0 <= index < total for index in indices):
-        raise UserError(
-            f"indices select {len(indices)} of {total} images; expected one or more from 0 to {total - 1}"
-        )
+        raise UserError(f"indices select {len(indices)} of {total} images; expected one or more from 0 to {total - 1}")
     images = _images_of_one_size(source, indices)
     first = next(images)
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(indices), *first.shape)}
@@ -80,9 +76,7 @@ def main() -> None:
         metavar="N",
         help="take every N-th image, by name (default: %(default)s)",
     )
-    parser.add_argument(
-        "--first", type=int, default=0, help="index of the first image taken (default: %(default)s)"
-    )
+    parser.add_argument("--first", type=int, default=0, help="index of the first image taken (default: %(default)s)")
     args = parser.parse_args()
     if args.every < 1 or args.first < 0:
         raise UserError(f"--every {args.every} --first {args.first}: expected at least 1 and at least 0")
