@@ -93,23 +93,37 @@ def generate_images(
             yield LabeledImages(batch, y.cpu(), decode_latents(latents.float()).cpu())
 
 
-def choose_labels(classes: str, count: int, num_classes: int, seed: int) -> np.ndarray:
-    """Class ids (count,): `random` (uniform, a function of seed and image number), `balanced`, or a list to cycle.
+def choose_labels(
+    classes: str, count: int, num_classes: int, class_counts: Sequence[int] | None, seed: int
+) -> np.ndarray:
+    """Class ids, (count,), each a function of the seed and the image number.
+
+    Args:
+        classes: `random` (uniform), `data` (random, as frequent as in the training data), `balanced` (one class after
+            the other), or a list of ids to cycle through.
+        count: how many.
+        num_classes: the ids are 0 to num_classes - 1.
+        class_counts: images of each class in the training data, if known.
+        seed: of the random choices.
 
     Raises:
-        UserError: for a list with anything but class ids in [0, num_classes).
+        UserError: for a list with anything but class ids, and `data` where the counts are not known.
     """
-    if classes == "random":
-        # A stream apart from the image's noise: the top word of the counter, which noise never reaches.
-        streams = (np.random.Philox(key=[seed, i], counter=[0, 0, 0, 1]) for i in range(count))
-        return np.array([np.random.Generator(stream).integers(num_classes) for stream in streams])
     if classes == "balanced":
         return np.arange(count) % num_classes
+    if classes in ("random", "data"):
+        if classes == "data" and class_counts is None:
+            raise UserError("--classes data: the checkpoint does not tell how frequent its classes are; give random")
+        weights = np.ones(num_classes) if classes == "random" else np.asarray(class_counts, dtype=np.float64)
+        edges = np.cumsum(weights) / weights.sum()
+        # A stream apart from the image's noise: the top word of the counter, which noise never reaches.
+        streams = (np.random.Philox(key=[seed, i], counter=[0, 0, 0, 1]) for i in range(count))
+        uniforms = np.array([np.random.Generator(stream).random() for stream in streams])
+        return np.searchsorted(edges, uniforms, side="right").clip(max=num_classes - 1)
     words = classes.replace(",", " ").split()
     if not words or any(not word.isdecimal() or int(word) >= num_classes for word in words):
-        raise UserError(
-            f"--classes {classes!r}: give random, balanced, or class ids in 0..{num_classes - 1} such as 3,7"
-        )
+        ids = f"class ids in 0..{num_classes - 1} such as 0,{num_classes - 1}"
+        raise UserError(f"--classes {classes!r}: give random, data, balanced, or {ids}")
     return np.resize([int(word) for word in words], count)
 
 
@@ -156,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt", required=True, help="checkpoint: a .safetensors, a folder with ema.safetensors, an official .pt")
     add("--num-fid-samples", type=int, default=50_000, help="images to make")
     add("--per-proc-batch-size", type=int, default=64, help="images sampled at once on each device")
-    add("--classes", default="random", help="labels: random, balanced, or ids to cycle through such as 3,7")
+    add("--classes", default="random", help="labels: random, data, balanced, or ids to cycle such as 3,7")
     add("--mode", choices=["sde", "ode"], default="sde", help="sampler: Euler-Maruyama, or the probability-flow ODE")
     add("--solver", choices=["euler", "heun", "dopri5"], default="euler", help="solver of --mode ode")
     add("--heun", action="store_true", help="the same as --solver heun")
@@ -246,10 +260,11 @@ def main() -> None:
     args = build_parser().parse_args()
     checkpoint = checkpoints.read(args.ckpt)
     settings = settings_of(args, checkpoint.metadata)
-    labels = choose_labels(args.classes, args.num_fid_samples, checkpoint.config["num_classes"], settings.seed)
+    num_classes, class_counts = checkpoint.config["num_classes"], checkpoint.metadata.get("class_counts")
+    labels = choose_labels(args.classes, args.num_fid_samples, num_classes, class_counts, settings.seed)
     npz = args.sample_dir / f"{args.name or default_name(args, settings, checkpoint.metadata)}.npz"
     if npz.exists() and not args.overwrite:
-        print(f"{npz} is there already: nothing to do (--overwrite makes it anew)")
+        print(f"made already: nothing to do (--overwrite makes them anew)\nsamples: {npz}")
         return
 
     process = PartialState()
@@ -290,7 +305,7 @@ def main() -> None:
         }
         npz.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
         pack_npz(rows, labels, npz)
-        print(f"samples {npz}, grid {npz.with_suffix('.png')}, settings {npz.with_suffix('.json')}")
+        print(f"grid {npz.with_suffix('.png')}, settings {npz.with_suffix('.json')}\nsamples: {npz}")
 
 
 if __name__ == "__main__":

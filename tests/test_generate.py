@@ -88,7 +88,7 @@ def test_seed_and_solver_change_the_images(monkeypatch, run, tmp_path):
 def test_existing_results_are_kept_unless_asked(monkeypatch, run, tmp_path, capsys):
     (tmp_path / "x.npz").write_bytes(b"mine")
     command(monkeypatch, run, tmp_path)
-    assert (tmp_path / "x.npz").read_bytes() == b"mine" and "is there already" in capsys.readouterr().out
+    assert (tmp_path / "x.npz").read_bytes() == b"mine" and "made already" in capsys.readouterr().out
     command(monkeypatch, run, tmp_path, "--overwrite")
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (8, 32, 32, 3)
 
@@ -105,18 +105,22 @@ def test_default_name_holds_what_changes_the_result():
 
 
 def test_labels():
-    assert generate.choose_labels("balanced", 5, 3, 0).tolist() == [0, 1, 2, 0, 1]
-    assert generate.choose_labels("2 0", 5, 3, 0).tolist() == [2, 0, 2, 0, 2]
-    few, many = generate.choose_labels("random", 10, 3, 7), generate.choose_labels("random", 3000, 3, 7)
+    choose = generate.choose_labels
+    assert choose("balanced", 5, 3, None, 0).tolist() == [0, 1, 2, 0, 1]
+    assert choose("2 0", 5, 3, None, 0).tolist() == [2, 0, 2, 0, 2]
+    few, many = choose("random", 10, 3, None, 7), choose("random", 3000, 3, None, 7)
     assert few.tolist() == many[:10].tolist()
     assert (abs(np.bincount(many) - 1000) < 120).all()
-    assert few.tolist() != generate.choose_labels("random", 10, 3, 8).tolist()
+    assert few.tolist() != choose("random", 10, 3, None, 8).tolist()
+    assert (abs(np.bincount(choose("data", 3000, 3, [7, 0, 3], 7)) - [2100, 0, 900]) < 120).all()
+    with pytest.raises(UserError, match="does not tell how frequent its classes are"):
+        choose("data", 10, 3, None, 7)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--classes", "3"], "--classes '3': give random, balanced, or class ids in 0..2"),
+        (["--classes", "3"], "--classes '3': give random, data, balanced, or class ids in 0..2"),
         (["--classes", "cat"], "--classes 'cat'"),
         (["--resolution", "64"], "--resolution 64, but .* makes images of 32 px"),
         (["--path-type", "cosine"], "--path-type cosine, but .* was trained on the linear path"),
