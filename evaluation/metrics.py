@@ -82,8 +82,8 @@ def check_images(reference: Images | FeatureSet, samples: Images, extractor: Ext
 def extract(images: Images, extractor: Extractor, batch_size: int = 64, label: str | None = None) -> FeatureSet:
     """Run the extractor over images; `label` names the progress bar, None shows none.
 
-    Memory: pool features and logits are kept (4 bytes each: 0.6 GB for 50,000 images with Inception); of the
-    spatial features only mean and covariance.
+    Memory: pool features and logits are kept (0.6 GB for 50,000 images with Inception, twice that for a moment
+    at the end); of the spatial features only mean and covariance; of the images one batch.
     """
     device = next(extractor.parameters()).device
     pool_statistics = FeatureStatistics(extractor.dimension)

@@ -47,7 +47,8 @@ def write_reference(images_dir: str | Path, npz_path: str | Path, indices: Seque
     except OSError as error:
         raise UserError(f"{npz_path} cannot be written ({error}); change --dest") from error
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
     return npz_path
 
 
