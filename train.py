@@ -147,8 +147,7 @@ def train(options: argparse.Namespace) -> bool:
     skipped = 0  # attempts at the present step that fp16 overflow has undone
     stopped = False
     with guard.stop_request() as stop, tqdm(total=total_steps, initial=step, disable=not is_main) as bar:
-        with guard.signals_blocked():
-            batches = latent_batches(data, order, step, rank, world, options.num_workers, accumulation)
+        batches = latent_batches(data, order, step, rank, world, options.num_workers, accumulation)
 
         while step < total_steps and not stopped:
             # Data. A step that fp16 overflowed is tried again, with the same data and noise and a smaller loss scale.

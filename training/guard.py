@@ -39,17 +39,3 @@ def stop_request() -> Iterator[Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Processes started here never see the stop signals.
-
-    Schedulers send them to every process of a job. A loader's worker that dies of one takes the trainer with it before
-    it can save; unsignalled, it ends with the trainer.
-    """
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
