@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from errors import OneLineParser, UserError, exits_on_user_error
 from interpolant import PATHS
 from models import DeepFlow, checkpoints
 from models.vae import SD_VAE, decode, load_vae
+from processes import join_processes
 
 VAES = {"ema": SD_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # the official names of --vae
 
@@ -267,7 +267,7 @@ def main() -> None:
         print(f"made already: nothing to do (--overwrite makes them anew)\nsamples: {npz}")
         return
 
-    process = PartialState()
+    process = join_processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     vae = load_matching_vae(args, checkpoint.metadata, process.device)
     side = checkpoint.config["input_size"] * 2 ** (len(vae.config.block_out_channels) - 1)

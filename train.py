@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from dataset import DataOrder, PackedLatents, latent_batches
@@ -36,6 +36,7 @@ from errors import UserError, exits_on_user_error
 from loss import DeepFlowLoss
 from models import DeepFlow, checkpoints, create_model
 from models.vae import sample_latents
+from processes import join_processes
 from training import checkpointing, guard, logging
 from training.ema import EMA
 from training.options import EXPERIMENT, parse_options
@@ -71,7 +72,7 @@ def train(options: argparse.Namespace) -> bool:
         NonFiniteLoss: before the update that it would have spoilt.
     """
     # ---- 1. Processes, and what there is to do ---------------------------------------------------------------------
-    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    processes = join_processes()
     device, rank, world = processes.device, processes.process_index, processes.num_processes
     is_main, accumulation = processes.is_main_process, options.gradient_accumulation_steps
     plan = make_plan(options, world, device)

@@ -1,0 +1,25 @@
+"""Joining the processes of a run, however they were started: alone, by `accelerate launch`, or by `torchrun`."""
+
+import os
+import sys
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+def join_processes() -> PartialState:
+    """This process's place among the others (index, count, device), after they have found each other.
+
+    Without a GPU, Accelerate forms a group only where it is told to use the CPU; processes that `torchrun` started
+    would each take themselves for the only one, and write the same files.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if cpu and launched == 1 and "MASTER_PORT" in os.environ:
+        print(
+            "note: accelerate launch --cpu starts one process, whatever --num_processes says; "
+            "for several use: torchrun --nproc_per_node N",
+            file=sys.stderr,
+        )
+    return PartialState(cpu=cpu or (launched > 1 and not torch.cuda.is_available()))
