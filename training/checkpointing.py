@@ -118,7 +118,10 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder} is damaged ({error}): delete it, and the run resumes from the one before") from error
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"{folder} is damaged ({reason}): delete it, and the run resumes from the one before"
+        ) from error
 
 
 def find(run: Path, resume: str, resume_step: int | None) -> Path | None:
