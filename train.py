@@ -123,7 +123,8 @@ def train(options: argparse.Namespace) -> bool:
     log = logging.MetricLog(columns, step, options.batch_size)
     if saved:
         ema.load(saved.ema)
-        optimizer.load_state_dict(saved.trainer["optimizer"])
+        groups = optimizer.state_dict()["param_groups"]  # the rates of this command, not of the one that saved
+        optimizer.load_state_dict({"state": saved.trainer["optimizer"]["state"], "param_groups": groups})
         log.load_state_dict(saved.trainer["log"])
         if scaler is not None and saved.trainer["scaler"] is not None:
             scaler.load_state_dict(saved.trainer["scaler"])
@@ -170,7 +171,8 @@ def train(options: argparse.Namespace) -> bool:
                     accelerator.backward(total.sum() / per_process)
                 parts = [total.sum(), *terms.branch_velocity.sum(1), terms.acceleration.sum()]
                 sums = sums + torch.stack(parts).detach()
-                named_terms.append((batch.indices, {"velocity": terms.velocity, "acceleration": terms.acceleration}))
+                per_sample = {"velocity": terms.velocity.detach(), "acceleration": terms.acceleration.detach()}
+                named_terms.append((batch.indices, per_sample))
 
             # The only moment when the host waits for the device: one small vector, the same on all processes, that
             # tells whether the step may be applied, what to log, and whether any process was asked to stop.

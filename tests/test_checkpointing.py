@@ -86,8 +86,8 @@ def test_a_save_that_was_killed_is_not_seen_and_not_in_the_way(tmp_path, network
         save(tmp_path, network, 10)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # what kill -9 leaves behind
     assert saved_steps(tmp_path) == [5] and find(tmp_path, "auto", None) == folder_of(tmp_path, 5)
-    save(tmp_path, network, 10)
-    assert saved_steps(tmp_path) == [5, 10] and len(list((tmp_path / "checkpoints").iterdir())) == 2
+    save(tmp_path, network, 12)
+    assert saved_steps(tmp_path) == [5, 12] and len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
 def test_where_a_run_begins(tmp_path, network):

@@ -196,6 +196,15 @@ def test_a_contradiction_to_the_checkpoint_is_refused(start, tmp_path, flags, me
     assert (tmp_path / "run" / "options.json").read_bytes() == before
 
 
+def test_rates_may_change_on_resume_and_do(start, tmp_path):
+    start(steps=1)
+    start("--adam-weight-decay", "0.1", "--adam-beta2", "0.95", "--learning-rate", "1e-4", steps=2)
+    trainer = torch.load(tmp_path / "run" / "checkpoints" / "step-0000002" / "trainer.pt", weights_only=True)
+    group = trainer["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["betas"], group["lr"]) == (0.1, (0.9, 0.95), 1e-4)
+    assert all(moments["step"] == 2 for moments in trainer["optimizer"]["state"].values())  # and the moments went on
+
+
 def test_other_data_is_refused(start, tmp_path):
     start(steps=1)
     with pytest.raises(UserError, match=r"data 23 samples, \w+, now it is 23 samples, \w+"):

@@ -63,7 +63,8 @@ def save(
     final = folder_of(run, state.step)
     partial = final.with_name(f".partial-{final.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_by_a_crash in final.parent.glob(".partial-*"):
+            shutil.rmtree(left_by_a_crash)
         partial.mkdir(parents=True)
         model_files.save(partial / "model.safetensors", state.model, config, metadata)
         model_files.save(partial / "ema.safetensors", state.ema, config, metadata)
