@@ -11,8 +11,8 @@ from accelerate.utils import parse_flag_from_env
 def join_processes() -> PartialState:
     """This process's place among the others (index, count, device), after they have found each other.
 
-    Without a GPU, Accelerate forms a group only where it is told to use the CPU; processes that `torchrun` started
-    would each take themselves for the only one, and write the same files.
+    Without CUDA the device is the CPU: samplers keep their state in float64, which other accelerators lack, and
+    Accelerate must be told, or processes that `torchrun` started would each take themselves for the only one.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -22,4 +22,4 @@ def join_processes() -> PartialState:
             "for several use: torchrun --nproc_per_node N",
             file=sys.stderr,
         )
-    return PartialState(cpu=cpu or (launched > 1 and not torch.cuda.is_available()))
+    return PartialState(cpu=cpu or not torch.cuda.is_available())

@@ -4,9 +4,9 @@
     accelerate launch --num_processes 8 train.py ...        the same flags, on several GPUs
 
 The same command resumes an interrupted run from its newest checkpoint. One counter, optimizer steps, is behind
-everything: data order, noise and times are functions of (seed, step), so a checkpoint needs no random state and a
-resumed run repeats the uninterrupted one bit for bit. SIGTERM or SIGUSR1 finishes the step, saves, and exits with
-code 143.
+everything: data order, noise and times are functions of (seed, step), whatever the number of processes. So a checkpoint
+needs no random state, and a resumed run repeats the uninterrupted one, on the CPU bit for bit. SIGTERM or SIGUSR1
+finishes the step, saves, and exits with code 143.
 
     RUN/options.json      options as resolved, architecture, code commit, versions
     RUN/metrics.jsonl     averages over --log-every steps and all processes
@@ -146,6 +146,7 @@ def train(options: argparse.Namespace) -> bool:
     order = DataOrder(len(data), options.batch_size, options.seed)
     generator = torch.Generator(device)
     per_process = plan.micro_batch * accumulation
+    batch_shape = (options.batch_size, config["in_channels"], config["input_size"], config["input_size"])
     skipped = 0  # attempts at the present step that fp16 overflow has undone
     stopped = False
     with guard.stop_request() as stop, tqdm(total=total_steps, initial=step, disable=not is_main) as bar:
@@ -156,17 +157,22 @@ def train(options: argparse.Namespace) -> bool:
             if skipped == 0:
                 micro_batches = [next(batches) for _ in range(accumulation)]
 
+            # Noise and times. Drawn for the whole global batch, of which each part below takes its rows: loss and
+            # gradients do not depend on how the batch is divided.
+            generator.manual_seed(noise_seed(options.seed, step))
+            latent_noise = torch.randn(batch_shape, generator=generator, device=device)
+            draws = loss_fn.draw(network.num_branches, batch_shape, generator)
+
             # Forward and backward. Gradients add up to those of the mean over the process's whole batch.
             sums, named_terms = 0, []
             for i, batch in enumerate(micro_batches):
-                part = rank * accumulation + i  # 4 processes, or 2 that accumulate twice, see the same noise
-                generator.manual_seed(noise_seed(options.seed, step, part))
+                first = (rank * accumulation + i) * plan.micro_batch
+                rows = slice(first, first + plan.micro_batch)
                 moments = batch.moments.to(device, non_blocking=True)
                 labels = batch.labels.to(device, non_blocking=True)
-                noise = torch.randn(moments.shape, generator=generator, device=device)[:, : config["in_channels"]]
-                x0 = sample_latents(moments, data.scaling_factor, noise)
+                x0 = sample_latents(moments, data.scaling_factor, latent_noise[rows])
                 with nullcontext() if i == accumulation - 1 else accelerator.no_sync(model):
-                    terms = loss_fn(model, x0, labels, generator)
+                    terms = loss_fn.drawn_terms(model, x0, labels, network.num_classes, draws.rows(rows))
                     total = loss_fn.total(terms)
                     accelerator.backward(total.sum() / per_process)
                 parts = [total.sum(), *terms.branch_velocity.sum(1), terms.acceleration.sum()]
@@ -219,8 +225,10 @@ def train(options: argparse.Namespace) -> bool:
             write_metrics()
     if is_main and finished:
         checkpoints.save(run / "ema.safetensors", ema.state, config, describe_model(options, data, step))
-        curves = f", loss curves {logging.plot_losses(run)}" if step else ""
-        print(f"done after {step} steps: weights {run / 'ema.safetensors'}{curves}")
+        curves = logging.plot_losses(run)
+        print(
+            f"done after {step} steps: weights {run / 'ema.safetensors'}{f', loss curves {curves}' if curves else ''}"
+        )
     elif is_main:
         print(f"stopped by a signal and saved at step {step}: the same command goes on from there")
     accelerator.end_training()
@@ -298,9 +306,9 @@ def build_network(options: argparse.Namespace, data: PackedLatents) -> DeepFlow:
     )
 
 
-def noise_seed(seed: int, step: int, part: int) -> int:
-    """The seed of all that is random in one part of one step: latents, times, noise, dropped labels."""
-    return int(np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def noise_seed(seed: int, step: int) -> int:
+    """The seed of all that is random in one step: latents, times, noise, dropped labels."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def learning_rate(options: argparse.Namespace, step: int, total_steps: int) -> float:

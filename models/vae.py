@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
+PIXELS_AT_ONCE = 8 * 512 * 512  # decoding more needs tens of gigabytes with the SD-VAE
 
 
 def load_vae(
@@ -99,6 +100,11 @@ def sample_latents(moments: torch.Tensor, scaling_factor: float, noise: torch.Te
 
 @torch.no_grad()
 def decode(vae: "AutoencoderKL", latents: torch.Tensor) -> torch.Tensor:
-    """Latents (N, C, h, w), scaled as `sample_latents` returns them, to uint8 images (N, H, W, 3)."""
-    latents = latents.to(vae.device).float() / vae.config.scaling_factor
-    return output_to_pixels(vae.decode(latents.to(vae.dtype)).sample)
+    """Latents (N, C, h, w), scaled as `sample_latents` returns them, to uint8 images (N, H, W, 3).
+
+    Decodes a few images at a time, so that memory does not grow with N.
+    """
+    latents = (latents.to(vae.device).float() / vae.config.scaling_factor).to(vae.dtype)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    at_once = max(1, PIXELS_AT_ONCE // (factor * factor * latents.shape[-2] * latents.shape[-1]))
+    return torch.cat([output_to_pixels(vae.decode(part).sample) for part in latents.split(at_once)])

@@ -14,7 +14,7 @@ RESULTS=samples/quickstart
 TRAIN="--data-dir $DATA/latents --output-dir $RUNS --batch-size 64 --learning-rate 1e-3 --lr-schedule cosine
        --ema-decay 0.995 --log-every 20 --checkpointing-steps 500 --num-workers 0 --seed 0"
 SAMPLE="--num-fid-samples $SAMPLES --per-proc-batch-size 128 --classes data --mode ode --heun --num-steps 20
-        --cfg-scale 2 --sample-dir $RESULTS --global-seed 0"
+        --cfg-scale 2 --sample-dir $RESULTS --global-seed 0 --overwrite"
 
 source script/environment.sh
 if [ -n "${VIRTUAL_ENV:-}" ]; then
@@ -43,4 +43,4 @@ for run in untrained sit deepflow; do
 done
 python evaluate.py $DATA/half-a.npz $DATA/half-b.npz --features demo --json $RESULTS/real-metrics.json
 
-python script/quickstart_report.py --runs $RUNS --results $RESULTS
+python -m script.quickstart_report --runs $RUNS --results $RESULTS

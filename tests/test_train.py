@@ -214,39 +214,30 @@ def test_other_data_is_refused(start, tmp_path):
 # ---- batches
 
 
-class InjectedLoss(DeepFlowLoss):
-    """Times and noise as functions of each sample, in place of random numbers."""
-
-    def __call__(self, model, x0, y, generator):
-        first = torch.sigmoid(x0.mean((1, 2, 3)))
-        return self.terms(model, x0, y, torch.stack([first, first + 0.01]), x0.flip(-1))
-
-
-def test_accumulation_changes_nothing_but_memory(start, tmp_path, monkeypatch):
-    data = write_dataset(tmp_path / "exact", std=0.0)  # no noise from the latents either
-    monkeypatch.setattr(train, "DeepFlowLoss", InjectedLoss)
+def test_accumulation_changes_nothing_but_memory(start, tmp_path):
     for parts in (1, 4):
-        start("--data-dir", data, "--gradient-accumulation-steps", parts, name=f"parts{parts}", steps=4)
+        start("--gradient-accumulation-steps", parts, name=f"parts{parts}", steps=4)
     whole, parts = (metrics_of(tmp_path / f"parts{n}") for n in (1, 4))
     assert [e["loss"] for e in parts] == pytest.approx([e["loss"] for e in whole], rel=1e-5)
     assert [e["grad_norm"] for e in parts] == pytest.approx([e["grad_norm"] for e in whole], rel=1e-4)
 
 
-def test_two_processes_train_save_and_resume_as_one_that_accumulates_twice(command, start, tmp_path):
-    """And the two share what one process would log, and its noise: both cut the batch into the same two parts."""
-    start("--gradient-accumulation-steps", "2", name="one", steps=6)
+@pytest.mark.parametrize("flags", [(), ("--gradient-accumulation-steps", "2", "--mixed-precision", "bf16")])
+def test_two_processes_train_save_and_resume_as_one(command, start, tmp_path, flags):
+    precise = "bf16" not in flags
+    start(*flags[2:], name="one", steps=6)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for steps in (3, 6):
-        line = [*launch, "train.py", *command(name="two", steps=steps)]
+        line = [*launch, "train.py", *command(*flags, name="two", steps=steps)]
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
     assert saved_steps(tmp_path / "two") == [3, 6]
     for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
+        assert two == pytest.approx(one, rel=1e-4 if precise else 0.02)
     one, two = (load_file(tmp_path / name / "ema.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5 if precise else 2e-3)
 
 
 def test_the_first_losses_are_the_golden_ones(start, tmp_path):
@@ -386,8 +377,8 @@ def test_cosine_schedule():
     assert [train.learning_rate(options, step, 4) for step in (0, 2, 4)] == pytest.approx([2, 1, 0])
 
 
-def test_noise_seeds_differ_between_steps_parts_and_seeds():
-    seeds = {train.noise_seed(seed, step, part) for seed in range(3) for step in range(50) for part in range(4)}
+def test_noise_seeds_differ_between_steps_and_seeds():
+    seeds = {train.noise_seed(seed, step) for seed in range(12) for step in range(50)}
     assert len(seeds) == 600
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints from which the same command continues, bit for bit.
+"""Checkpoints from which the same command continues, on the CPU bit for bit.
 
     RUN/checkpoints/step-0000500/
         model.safetensors    the weights

@@ -14,15 +14,10 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
+from files import write_text, written_aside
+
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside, then rename it into place."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def write_options(run: Path, options: dict[str, Any], config: dict[str, Any]) -> None:
@@ -103,11 +98,13 @@ def append_metrics(run: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
-def plot_losses(run: Path) -> Path:
-    """Draw `loss.png`: the velocity loss of each branch and the acceleration loss over the steps."""
+def plot_losses(run: Path) -> Path | None:
+    """Draw `loss.png`: the velocity loss of each branch and the acceleration loss over the steps; None without any."""
     from matplotlib.figure import Figure  # a second of import time that only the end of a run needs to spend
 
     entries = read_metrics(run)
+    if not entries:
+        return None
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
     for name in (key for key in entries[0] if key.startswith("velocity") or key == "acceleration"):
@@ -115,8 +112,6 @@ def plot_losses(run: Path) -> Path:
     axes.set(xlabel="optimizer step", ylabel="mean squared error", yscale="log", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    path = run / "loss.png"
-    aside = path.with_name("loss.part.png")
-    figure.savefig(aside, dpi=130, bbox_inches="tight")
-    aside.replace(path)
-    return path
+    with written_aside(run / "loss.png") as aside:
+        figure.savefig(aside, format="png", dpi=130, bbox_inches="tight")
+    return run / "loss.png"

@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("objective")
     add = group.add_argument
     add("--path-type", choices=["linear", "cosine"], default="linear", help="path from data to noise")
-    add("--prediction", choices=["v"], default="v", help="what the network predicts: the velocity")
+    add("--prediction", choices=["v"], default="v", help="what the network predicts: only the velocity")
     add("--weighting", choices=["lognormal", "uniform"], default="lognormal", help="distribution of the time")
     add("--cfg-prob", type=number(float, 0, 1), default=0.1, help="probability of dropping a label")
     add("--tg-upper-bound", type=number(float, 0, 1), default=0.01, help="largest time gap between branches")
@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mixed-precision", choices=["no", "fp16", "bf16"], help="precision of the network's forward and backward "
         "(default: fp16 on a GPU, else no)")  # fmt: skip
     add("--allow-tf32", action=boolean, default=False, help="TF32 matrix products: faster, less exact")
-    add("--seed", type=number(int, 0), default=0, help="seed of weights, data order, times and noise")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, data order, times and noise")
     return parser
 
 
