@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-STEPS=${STEPS:-1000}      # optimizer steps of each model
+STEPS=${STEPS:-1200}      # optimizer steps of each model
 SAMPLES=${SAMPLES:-949}   # images of each model: half of the data, as many as the real images compared in the last row
 DATA=data/demo
 RUNS=runs/quickstart
@@ -13,7 +13,7 @@ RESULTS=samples/quickstart
 
 TRAIN="--data-dir $DATA/latents --output-dir $RUNS --batch-size 64 --learning-rate 1e-3 --lr-schedule cosine
        --ema-decay 0.995 --log-every 20 --checkpointing-steps 500 --num-workers 0 --seed 0"
-SAMPLE="--num-fid-samples $SAMPLES --per-proc-batch-size 128 --classes data --mode ode --heun --num-steps 20
+SAMPLE="--num-fid-samples $SAMPLES --per-proc-batch-size 128 --classes data --mode ode --heun --num-steps 12
         --cfg-scale 2 --sample-dir $RESULTS --global-seed 0 --overwrite"
 
 source script/environment.sh

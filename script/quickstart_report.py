@@ -33,7 +33,7 @@ def main() -> None:
     runs = {name: read_metrics(args.runs / name) for name in NAMES}
     print(f"\n{'':<22}{'steps':>8}{'images/s':>10}{'demo Frechet distance':>24}")
     for name, entries in runs.items():
-        steps = entries[-1]["step"] if entries else "-"
+        steps = entries[-1]["step"] if entries else "-" if name == "real" else 0
         # The first entry includes warm-up.
         speeds = sorted(entry["images_per_second"] for entry in entries[1:])
         speed = f"{speeds[len(speeds) // 2]:.0f}" if speeds else "-"
