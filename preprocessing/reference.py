@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import UserError, exits_on_user_error
-from preprocessing.dataset_tools import SourceImages, list_images, read_image
+from preprocessing.images import SourceImages, list_images, read_image
 
 
 def write_reference(images_dir: str | Path, npz_path: str | Path, indices: Sequence[int] | None = None) -> Path:

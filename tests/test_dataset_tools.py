@@ -11,8 +11,11 @@ from PIL import Image
 
 from dataset import PackedLatents
 from errors import UserError
-from preprocessing import dataset_tools
-from preprocessing.dataset_tools import encode, info, list_images, main, verify
+from preprocessing import encode as encode_module
+from preprocessing.dataset_tools import main
+from preprocessing.encode import encode
+from preprocessing.images import list_images
+from preprocessing.verify import info, verify
 
 CLASSES = {"cat": 4, "dog": 3, "eel": 2}
 
@@ -120,7 +123,7 @@ def test_labels_come_from_dataset_json_by_name(tmp_path, images, vae_folder):
 def test_a_killed_encode_leaves_nothing_that_is_accepted(tmp_path, images, vae_folder, monkeypatch):
     """Stopped in every batch in turn; then the same command makes what an uninterrupted one makes."""
     encode(images, tmp_path / "whole", vae_folder, batch_size=2, num_workers=0, shard_rows=4)
-    dest, real = tmp_path / "packed", dataset_tools.encode_moments
+    dest, real = tmp_path / "packed", encode_module.encode_moments
     for last in range(5):
         calls = iter(range(9))
 
@@ -129,13 +132,13 @@ def test_a_killed_encode_leaves_nothing_that_is_accepted(tmp_path, images, vae_f
                 raise KeyboardInterrupt
             return real(vae, pixels)
 
-        monkeypatch.setattr(dataset_tools, "encode_moments", dying)
+        monkeypatch.setattr(encode_module, "encode_moments", dying)
         with pytest.raises(KeyboardInterrupt):
             encode(images, dest, vae_folder, batch_size=2, num_workers=0, shard_rows=4)
         assert not list(dest.glob("*.partial")) and not (dest / "dataset.json").exists()
         with pytest.raises(UserError):
             PackedLatents(dest)
-    monkeypatch.setattr(dataset_tools, "encode_moments", real)
+    monkeypatch.setattr(encode_module, "encode_moments", real)
     (dest / "moments-00009.npy.partial").write_bytes(b"left by kill -9")
     encode(images, dest, vae_folder, batch_size=2, num_workers=0, shard_rows=4)
     whole = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
@@ -171,8 +174,8 @@ def test_a_folder_with_other_files_is_not_emptied(tmp_path, images, vae_folder):
 
 
 def test_moments_beyond_float16_name_the_image(tmp_path, images, vae_folder, monkeypatch):
-    real = dataset_tools.encode_moments
-    monkeypatch.setattr(dataset_tools, "encode_moments", lambda vae, pixels: real(vae, pixels) + 1e6)
+    real = encode_module.encode_moments
+    monkeypatch.setattr(encode_module, "encode_moments", lambda vae, pixels: real(vae, pixels) + 1e6)
     with pytest.raises(UserError, match=r"cat/0\.png are not finite in float16: give --dtype float32"):
         encode(images, tmp_path / "packed", vae_folder, num_workers=0)
     encode(images, tmp_path / "packed", vae_folder, "float32", num_workers=0)
