@@ -13,6 +13,9 @@ Whatever has `gather(indices)` and `len()` as `PackedLatents` does can be given 
 
 import itertools
 import json
+import os
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -141,6 +144,85 @@ class PackedLatents:
             here = shard_of == shard
             moments[here] = self._shards[shard][indices[here] - self._first_rows[shard]]
         return moments, self.labels[indices]
+
+
+class FileStore:
+    """The files of folder `path`, or of zip file `path`, by their names inside it (with forward slashes).
+
+    May be used from many threads, and from processes forked or sent it: each opens the zip for itself.
+
+    Raises `UserError` if there is nothing at `path`, or it is no folder and no zip file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._archive: tuple[int, zipfile.ZipFile] | None = None  # opened by the process of this id
+        if not self.path.exists():
+            raise UserError(f"no folder or zip file {self.path}: give another path")
+        if not self.path.is_dir():
+            self._opened()
+
+    def _opened(self) -> zipfile.ZipFile:
+        if self._archive is None or self._archive[0] != os.getpid():
+            try:
+                self._archive = os.getpid(), zipfile.ZipFile(self.path)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(
+                    f"{self.path} is no folder and no readable zip file ({error}): copy it again"
+                ) from error
+        return self._archive[1]
+
+    def __reduce__(self) -> tuple:
+        return FileStore, (self.path,)
+
+    def names(self) -> list[str]:
+        """All files, in no particular order. A folder is walked, which takes a while for millions of files."""
+        if not self.path.is_dir():
+            return [entry.filename for entry in self._opened().infolist() if not entry.is_dir()]
+        names = []
+        for place, _, files in os.walk(self.path, followlinks=True):  # ImageNet is often a tree of links
+            below = Path(place).relative_to(self.path).as_posix()
+            names += files if below == "." else [f"{below}/{file}" for file in files]
+        return names
+
+    def read(self, name: str) -> bytes:
+        """The content of one file; `UserError` names it if it is missing, damaged or outside the store."""
+        try:
+            if not self.path.is_dir():
+                return self._opened().read(name)
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise UserError(f"{self.path} lists {name}, which lies outside it: correct its {MANIFEST}")
+            return (self.path / name).read_bytes()
+        except (OSError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+            problem = "is missing" if isinstance(error, KeyError | FileNotFoundError) else f"is damaged ({error})"
+            raise UserError(f"{self.path / name} {problem}: copy it again, or take it out of {MANIFEST}") from error
+
+
+def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
+    """Label by file name, and class names, of the `dataset.json` of an image or latent folder or zip.
+
+    It reads {"labels": [["a/b.png", 3], ...]}, as REPA's tool writes it; "class_names": [...] is optional, by
+    default the numbers. Raises `UserError` for anything else.
+    """
+    place = store.path / MANIFEST
+    try:
+        content = json.loads(store.read(MANIFEST))
+        label_of = {str(name): label for name, label in content["labels"]}
+        class_names = content.get("class_names")
+        if len(label_of) != len(content["labels"]):
+            raise ValueError("a file that is listed twice")
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{place}: expected {{"labels": [["a/b.png", 3], ...]}}, got {error!r}') from error
+    for name, label in label_of.items():
+        if type(label) is not int or label < 0:
+            raise UserError(f"{place}: label {label!r} of {name}, expected an integer from 0")
+    if class_names is None:
+        class_names = [str(label) for label in range(max(label_of.values(), default=-1) + 1)]
+    if max(label_of.values(), default=-1) >= len(class_names):
+        raise UserError(f"{place}: label {max(label_of.values())}, but only {len(class_names)} class_names")
+    return label_of, [str(name) for name in class_names]
 
 
 class DataOrder:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dataset import MANIFEST, read_manifest
 from errors import UserError
 from models.vae import encode_moments, load_vae
-from preprocessing.images import SourceImages, list_images, read_image
+from preprocessing.images import SourceImages, list_images
 from preprocessing.packed_writer import packed_manifest, write_packed
 
 if TYPE_CHECKING:
@@ -32,16 +32,17 @@ class _ImageFiles(Dataset):
     def __getitems__(self, indices: list[int]) -> torch.Tensor | UserError:
         """A batch, or else the mistake: raised in a worker it would arrive wrapped in a traceback."""
         try:
-            return torch.stack([self._read(self.images.folder / self.images.names[i]) for i in indices])
+            return torch.stack([self._read(i) for i in indices])
         except UserError as error:
             return error
 
-    def _read(self, file: Path) -> torch.Tensor:
-        pixels = read_image(file)
+    def _read(self, index: int) -> torch.Tensor:
+        pixels = self.images.read(index)
         if pixels.shape[:2] != (self.resolution, self.resolution):
             raise UserError(
-                f"{file} is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected {self.resolution} x "
-                f"{self.resolution}, the height of the first image: bring all to one square size"
+                f"{self.images.store.path / self.images.names[index]} is {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                f"expected {self.resolution} x {self.resolution}, the height of the first image: bring all to one "
+                "square size"
             )
         return torch.from_numpy(pixels)
 
@@ -76,7 +77,7 @@ def encode(
     do not fit, and if `dest` holds a dataset made of something else.
     """
     images = list_images(source)
-    resolution = read_image(images.folder / images.names[0]).shape[0]
+    resolution = images.read(0).shape[0]
     vae = load_vae(vae_name, device=device, dtype=torch.float32)
     reduction = 2 ** (len(vae.config.block_out_channels) - 1)  # 8 for the SD-VAE
     if resolution % reduction:

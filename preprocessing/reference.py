@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import UserError, exits_on_user_error
-from preprocessing.images import SourceImages, list_images, read_image
+from preprocessing.images import SourceImages, list_images
 
 
 def write_reference(images_dir: str | Path, npz_path: str | Path, indices: Sequence[int] | None = None) -> Path:
@@ -55,7 +55,7 @@ def write_reference(images_dir: str | Path, npz_path: str | Path, indices: Seque
 def _images_of_one_size(source: SourceImages, indices: Sequence[int]) -> Iterator[np.ndarray]:
     shape = None
     for index in indices:
-        image = read_image(source.folder / source.names[index])
+        image = source.read(index)
         shape = shape or image.shape
         if image.shape != shape:
             raise UserError(

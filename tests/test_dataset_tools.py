@@ -237,7 +237,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, images, monkeypatch,
     rest = ["--dest", tmp_path / "packed", "--vae", tmp_path / "no_vae", "--device", "cpu"]
     (tmp_path / "void").mkdir()
     for source, more, message in [
-        (tmp_path / "absent", [], "no image folder"),
+        (tmp_path / "absent", [], "no folder or zip file"),
         (tmp_path / "void", [], "no images"),
         (images, [], "no_vae"),
         (images, ["--batch-size", 0], "--batch-size"),
