@@ -1,64 +1,25 @@
-"""Images -> packed VAE moments."""
+"""Images -> packed VAE moments, on one device or on many."""
 
 import hashlib
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import MANIFEST, read_manifest
 from errors import UserError
+from file_layout import FileStore
 from models.vae import encode_moments, load_vae
-from preprocessing.images import SourceImages, list_images
-from preprocessing.packed_writer import packed_manifest, write_packed
+from preprocessing.destination import only_writer
+from preprocessing.images import SourceImages, list_images, read_image
+from preprocessing.packed_writer import PackedJob, packed_manifest
+from preprocessing.processes import Processes, joined_processes
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-
-class _ImageFiles(Dataset):
-    """Batches of images, uint8 (B, resolution, resolution, 3)."""
-
-    def __init__(self, images: SourceImages, resolution: int) -> None:
-        self.images, self.resolution = images, resolution
-
-    def __len__(self) -> int:
-        return len(self.images.names)
-
-    def __getitems__(self, indices: list[int]) -> torch.Tensor | UserError:
-        """A batch, or else the mistake: raised in a worker it would arrive wrapped in a traceback."""
-        try:
-            return torch.stack([self._read(i) for i in indices])
-        except UserError as error:
-            return error
-
-    def _read(self, index: int) -> torch.Tensor:
-        pixels = self.images.read(index)
-        if pixels.shape[:2] != (self.resolution, self.resolution):
-            raise UserError(
-                f"{self.images.store.path / self.images.names[index]} is {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-                f"expected {self.resolution} x {self.resolution}, the height of the first image: bring all to one "
-                "square size"
-            )
-        return torch.from_numpy(pixels)
-
-
-def _encoded(vae: "AutoencoderKL", loader: DataLoader) -> Iterator[np.ndarray]:
-    """Moments (B, 2C, h, w) float32 of each batch, under a progress bar."""
-    with tqdm(total=len(loader.dataset), desc="encode", unit="img") as bar:
-        for pixels in loader:
-            if isinstance(pixels, UserError):
-                raise pixels
-            yield encode_moments(vae, pixels).cpu().numpy()
-            bar.update(len(pixels))
-
-
-def _as_it_is(batch: torch.Tensor | UserError) -> torch.Tensor | UserError:
-    return batch
 
 
 def encode(
@@ -69,20 +30,50 @@ def encode(
     batch_size: int = 64,
     device: str = "cpu",
     num_workers: int = 2,
+    flip: bool = False,
+    with_images: bool = False,
     shard_rows: int | None = None,
 ) -> None:
-    """Encode the images below `source` to packed latents in `dest`; do nothing if they are there already.
+    """Encode the images in `source` (folder or zip) to packed latents in `dest`, or go on where that was stopped.
 
-    The VAE runs in float32 whatever the stored `dtype`. Raises `UserError` for a source, a VAE or images that
-    do not fit, and if `dest` holds a dataset made of something else.
+    `flip` stores the moments of the mirror images too, `with_images` the pixels. The VAE runs in float32 (on GPUs with
+    TF32 convolutions, as PyTorch does by default) whatever the stored `dtype`. Which images share a batch depends on
+    `batch_size` alone, so that processes and interruptions do not change a bit of the result. Does nothing if all of
+    it is there already.
+
+    Raises `UserError` for a source, a VAE or images that do not fit, if `dest` holds something else or is being
+    written by another command, and for a full disk; what is written stays, and the same command continues.
     """
-    images = list_images(source)
+    with joined_processes() as processes:
+        leader = processes.rank == 0  # it alone walks the folders, fetches the VAE and puts the shards together
+        with only_writer(dest) if leader else nullcontext():
+            vae = None
+            if leader:
+                images = list_images(source)
+                vae = load_vae(vae_name, device=processes.own(device))
+                manifest = _manifest(images, vae, vae_name, dtype, flip, with_images)
+                PackedJob.begin(dest, manifest, images.names, images.labels)
+            processes.wait()
+            job = PackedJob.join(dest)
+            if job is not None:
+                vae = vae or load_vae(vae_name, device=processes.own(device))
+                _encode_units(job, FileStore(source), vae, batch_size, num_workers, processes)
+            processes.wait()
+            if leader and job is not None:
+                job.finish(shard_rows)
+                print(f"{dest}: {len(images.names)} samples in {len(images.class_names)} classes")
+            elif leader:
+                print(f"{dest} is complete ({len(images.names)} samples): nothing to do")
+
+
+def _manifest(
+    images: SourceImages, vae: "AutoencoderKL", vae_name: str, dtype: str, flip: bool, with_images: bool
+) -> dict:
     resolution = images.read(0).shape[0]
-    vae = load_vae(vae_name, device=device, dtype=torch.float32)
     reduction = 2 ** (len(vae.config.block_out_channels) - 1)  # 8 for the SD-VAE
     if resolution % reduction:
         raise UserError(f"images are {resolution} pixels high, {vae_name} needs a multiple of {reduction}: resize them")
-    manifest = packed_manifest(
+    return packed_manifest(
         images.names,
         images.labels,
         images.class_names,
@@ -92,19 +83,9 @@ def encode(
         vae=vae_name,
         vae_sha256=weights_sha256(vae),
         scaling_factor=vae.config.scaling_factor,
+        flip=flip,
+        images=with_images,
     )
-    if (Path(dest) / MANIFEST).is_file():
-        _check_same(manifest, read_manifest(dest), dest)
-        print(f"{dest} is complete ({len(images.names)} samples): nothing to do")
-        return
-    loader = DataLoader(
-        _ImageFiles(images, resolution),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-    )
-    write_packed(dest, manifest, _encoded(vae, loader), images.names, images.labels, shard_rows)
-    print(f"{dest}: {len(images.names)} samples in {len(images.class_names)} classes")
 
 
 def weights_sha256(vae: "AutoencoderKL") -> str:
@@ -116,11 +97,65 @@ def weights_sha256(vae: "AutoencoderKL") -> str:
     return sha256.hexdigest()
 
 
-def _check_same(wanted: dict[str, Any], found: dict[str, Any], dest: str | Path) -> None:
-    """Raise `UserError` if the finished dataset in `dest` is not the one asked for."""
-    for key in wanted:
-        if key != "vae" and found.get(key) != wanted[key]:  # a VAE's path may differ: its checksum decides
+def _encode_units(
+    job: PackedJob, store: FileStore, vae: "AutoencoderKL", batch_size: int, num_workers: int, processes: Processes
+) -> None:
+    """Encode what is left for this process, one unit after the other, while worker processes read ahead."""
+    units = job.left(processes.rank, processes.world)
+    batches = {
+        unit: [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+        for unit, rows in ((unit, job.rows_of(unit)) for unit in units)
+    }
+    loader = DataLoader(
+        _ImageBatches(store, job.names, job.manifest["resolution"]),
+        batch_sampler=[batch for unit in units for batch in batches[unit]],
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+    )
+    read = iter(loader)
+    total = sum(len(job.rows_of(unit)) for unit in units)
+    with tqdm(total=total, desc=processes.label("encode"), unit="img", disable=processes.local_rank != 0) as bar:
+        for unit in units:
+            moments, pixels = [], []
+            for _ in batches[unit]:
+                batch = next(read)
+                if isinstance(batch, UserError):
+                    raise batch
+                moments.append(_views(vae, batch, job.manifest["flip"]))
+                pixels.append(batch.numpy())
+                bar.update(len(batch))
+            images = np.concatenate(pixels) if job.manifest["images"] else None
+            job.write_unit(unit, np.concatenate(moments), images)
+
+
+def _views(vae: "AutoencoderKL", pixels: torch.Tensor, flip: bool) -> np.ndarray:
+    """Moments of images (B, H, W, 3): (B, 1, 2C, h, w) float32, or (B, 2, 2C, h, w) with their mirror images."""
+    views = [pixels, pixels.flip(2)] if flip else [pixels]
+    return torch.stack([encode_moments(vae, view) for view in views], dim=1).cpu().numpy()
+
+
+class _ImageBatches(Dataset):
+    """Batches of images, uint8 (B, resolution, resolution, 3)."""
+
+    def __init__(self, store: FileStore, names: list[str], resolution: int) -> None:
+        self.store, self.names, self.resolution = store, names, resolution
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor | UserError:
+        """A batch, or else the mistake: raised in a worker it would arrive wrapped in a traceback."""
+        try:
+            return torch.stack([self._read(self.names[i]) for i in indices])
+        except UserError as error:
+            return error
+
+    def _read(self, name: str) -> torch.Tensor:
+        pixels = read_image(self.store, name)
+        if pixels.shape[:2] != (self.resolution, self.resolution):
             raise UserError(
-                f"{dest} holds a complete dataset, but with {key} {str(found.get(key))[:80]}, where this "
-                f"command makes {str(wanted[key])[:80]}: delete it or change --dest"
+                f"{self.store.path / name} is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected "
+                f"{self.resolution} x {self.resolution}, the height of the first image: bring all to one square size"
             )
+        return torch.from_numpy(pixels)
+
+
+def _as_it_is(batch: torch.Tensor | UserError) -> torch.Tensor | UserError:
+    return batch

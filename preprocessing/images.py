@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dataset import MANIFEST, FileStore, read_labels
 from errors import UserError
+from file_layout import LABELS, FileStore, read_labels
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -23,8 +23,7 @@ class SourceImages(NamedTuple):
 
     def read(self, index: int) -> np.ndarray:
         """Image `index` as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor greyscale."""
-        name = self.names[index]
-        return decode_image(self.store.read(name), f"{self.store.path / name}")
+        return read_image(self.store, self.names[index])
 
 
 def list_images(source: str | Path) -> SourceImages:
@@ -38,29 +37,30 @@ def list_images(source: str | Path) -> SourceImages:
     names = sorted(name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {store.path}: change --source")
-    if MANIFEST in files:
+    if LABELS in files:
         label_of, class_names = read_labels(store)
         for name in label_of.keys() ^ set(names):
             problem = "lists no label for" if name not in label_of else "lists a missing image,"
-            raise UserError(f"{store.path / MANIFEST} {problem} {name}: make images and labels agree")
+            raise UserError(f"{store.path / LABELS} {problem} {name}: make images and labels agree")
     else:
         for name in names:
             if "/" not in name:
-                raise UserError(f"{store.path / name} is in no class folder, and there is no {MANIFEST} with labels")
+                raise UserError(f"{store.path / name} is in no class folder, and there is no {LABELS} with labels")
         class_names = sorted({name.split("/")[0] for name in names})
         number = {class_name: label for label, class_name in enumerate(class_names)}
         label_of = {name: number[name.split("/")[0]] for name in names}
     return SourceImages(store, names, np.array([label_of[name] for name in names], np.int64), class_names)
 
 
-def decode_image(content: bytes, name: str) -> np.ndarray:
-    """The content of image file `name` as (H, W, 3) uint8; `UserError` if it is neither RGB nor greyscale."""
+def read_image(store: FileStore, name: str) -> np.ndarray:
+    """The image `name` of a store as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor greyscale."""
+    content, place = store.read(name), store.path / name
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.mode not in ("RGB", "L"):
-                raise UserError(f"{name} is in mode {image.mode}, expected RGB: convert the images first")
+                raise UserError(f"{place} is in mode {image.mode}, expected RGB: run dataset_tools convert first")
             return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name} cannot be read as an image ({error}): replace or remove it") from error
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+        raise UserError(f"{place} cannot be read as an image ({error}): replace or remove it") from error

@@ -1,44 +1,161 @@
-"""What a packed dataset is, and whether it is still what was written."""
+"""What a dataset is, and whether it is still what was written."""
 
 import hashlib
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from dataset import PackedLatents
+from dataset import PackedLatents, open_latents, read_manifest
 from errors import UserError
+from file_layout import FileLatents
+from preprocessing.images import list_images
+from preprocessing.pack import check_files
+from preprocessing.packed_writer import row_type
+
+CHUNK_BYTES = 2**22
 
 
 def info(path: str | Path) -> str:
-    """Say in a few lines what the packed dataset in folder `path` is."""
-    data = PackedLatents(path)
-    manifest, counts = data.manifest, np.bincount(data.labels, minlength=data.num_classes)
+    """Say in a few lines what the dataset at `path` is: packed latents, one latent file an image, or images."""
+    try:
+        data = open_latents(path)
+    except UserError as not_latents:
+        try:
+            images = list_images(path)
+        except UserError:
+            raise not_latents from None
+        height, width = images.read(0).shape[:2]
+        counts = np.bincount(images.labels, minlength=len(images.class_names))
+        return "\n".join([*_counts(counts), f"images          the first is {width} x {height} px"])
+    lines = [
+        *_counts(data.class_counts),
+        f"resolution      {data.manifest['resolution']} px",
+        f"moments         {data.latent_shape} {data.manifest['dtype']}, mean and std stacked"
+        + (", of the mirror images too" if data.has_flips else ""),
+        f"images          {'uint8 pixels of every sample' if data.has_images else 'none'}",
+    ]
+    if isinstance(data, FileLatents):
+        return "\n".join([*lines, f"scaling factor  {data.scaling_factor}, the SD-VAE's: this layout records no VAE"])
+    vae, sha256 = data.manifest["vae"], data.manifest["vae_sha256"]
     size = sum(file.stat().st_size for file in data.path.iterdir())
+    shards = data.manifest["shards"] + data.manifest.get("image_shards", [])
     return "\n".join(
         [
-            f"samples         {len(data)}",
-            f"classes         {data.num_classes}, of {counts.min()} to {counts.max()} samples each",
-            f"resolution      {manifest['resolution']} px",
-            f"moments         {data.latent_shape} {manifest['dtype']}, mean and std stacked",
-            f"vae             {manifest['vae']}, weights sha256 {manifest['vae_sha256'][:12]}...",
+            *lines,
+            f"vae             {vae}, weights sha256 {sha256[:12] + '...' if sha256 else 'not recorded'}",
             f"scaling factor  {data.scaling_factor}",
-            f"on disk         {size / 2**20:.1f} MiB in {len(manifest['shards'])} shard(s)",
+            f"on disk         {size / 2**20:.1f} MiB in {len(shards)} shard(s)",
         ]
     )
 
 
-def verify(path: str | Path) -> None:
-    """Read the whole packed dataset in `path` again; `UserError` names the first file that is damaged."""
-    data = PackedLatents(path)
-    files = [data.manifest["labels"], data.manifest["names"], *data.manifest["shards"]]
-    for entry in tqdm(files, desc="verify", unit="file"):
-        place, sha256 = data.path / Path(entry["file"]).name, hashlib.sha256()
-        if not place.is_file():
-            raise UserError(f"{place} is missing: copy it again or encode again")
+def _counts(counts: np.ndarray) -> list[str]:
+    return [
+        f"samples         {counts.sum()}",
+        f"classes         {len(counts)}, of {counts.min()} to {counts.max()} samples each",
+    ]
+
+
+def verify(path: str | Path, num_workers: int = 2) -> None:
+    """Read the whole dataset at `path` again, in `num_workers` threads, and compare it with its checksums.
+
+    Prints one line for each sample or file that is damaged, then raises `UserError` with the first and their number.
+    Latents of one file an image have no checksums: there every file has to hold finite moments of the same form.
+    """
+    path = Path(path)
+    packed = path.is_dir() and (path / "labels.npy").exists()
+    data = None if packed else open_latents(path)
+    if isinstance(data, FileLatents):
+        damaged = _damage_of_files(data, num_workers)
+    else:
+        damaged = _damage_of_packed(path, read_manifest(path), num_workers)
+    for line in damaged:
+        print(line)
+    if damaged:
+        more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise UserError(f"{path} is damaged: {damaged[0]}{more}: copy it again or write it again")
+    print(f"{path}: {len(data or PackedLatents(path))} samples, all as written")
+
+
+def _damage_of_files(data: FileLatents, num_workers: int) -> list[str]:
+    check_files(data)
+
+    def problem(index: int) -> str | None:
+        try:
+            moments = data.read(index)
+        except UserError as error:
+            return str(error)
+        return None if np.isfinite(moments).all() else f"{data.path / data.names[index]} is not finite"
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        problems = pool.map(problem, range(len(data)))
+        return [line for line in tqdm(problems, "verify", len(data), unit="file") if line]
+
+
+def _damage_of_packed(path: Path, manifest: dict[str, Any], num_workers: int) -> list[str]:
+    small = [manifest[key] for key in ("labels", "names", "checksums")]
+    damaged = [
+        f"{entry['file']} is damaged" for entry in small if _sha256(path / Path(entry["file"]).name) != entry["sha256"]
+    ]
+    if damaged:
+        return damaged  # the samples of the shards could not be named
+    names = json.loads((path / "names.json").read_text(encoding="utf-8"))
+    checksums = np.load(path / "checksums.npy", allow_pickle=False)
+    shards = []
+    sizes = [field.itemsize for field, _ in row_type(manifest).fields.values()]
+    for column, key, row_bytes in zip(checksums.T, ("shards", "image_shards"), sizes, strict=False):
+        first = 0
+        for shard in manifest[key]:
+            rows = slice(first, first + shard["count"])
+            place = path / Path(shard["file"]).name
+            shards.append((place, shard["sha256"], row_bytes, column[rows], names[rows]))
+            first = rows.stop
+    with (
+        tqdm(total=checksums.size, desc="verify", unit="row") as bar,
+        ThreadPoolExecutor(max(1, num_workers)) as pool,
+    ):
+        found = pool.map(lambda shard: _damage_of_shard(*shard, bar), shards)
+        return [line for lines in found for line in lines]
+
+
+def _damage_of_shard(
+    place: Path, sha256: str, row_bytes: int, checksums: np.ndarray, names: list[str], bar: tqdm
+) -> list[str]:
+    """What is wrong with one shard: a line for each sample, or one for what concerns no single sample."""
+    digest, damaged = hashlib.sha256(), []
+    try:
+        with place.open("rb", buffering=CHUNK_BYTES) as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            header_bytes = file.tell()
+            file.seek(0)
+            digest.update(file.read(header_bytes))
+            for row, (name, checksum) in enumerate(zip(names, checksums.tolist(), strict=True)):
+                content = file.read(row_bytes)
+                digest.update(content)
+                if zlib.crc32(content) != checksum:
+                    damaged.append(f"{name} (row {row} of {place.name})")
+                bar.update()
+            digest.update(file.read())
+    except (OSError, ValueError, EOFError) as error:
+        return [f"{place.name} with {names[0]} to {names[-1]} cannot be read ({error})"]
+    if digest.hexdigest() != sha256 and not damaged:
+        return [f"{place.name}, though not in its samples: its header or its length"]
+    return damaged
+
+
+def _sha256(place: Path) -> str | None:
+    """Checksum of a file, None if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
         with place.open("rb") as file:
-            while chunk := file.read(2**22):
-                sha256.update(chunk)
-        if sha256.hexdigest() != entry["sha256"]:
-            raise UserError(f"{place} is damaged: copy it again or encode again")
-    print(f"{path}: {len(data)} samples in {len(files)} files, all as written")
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.hexdigest()

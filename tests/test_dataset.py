@@ -73,7 +73,7 @@ def test_gather_refuses_what_is_not_there(folder):
 
 def test_shards_are_mapped_and_travel_as_a_path(folder):
     data = PackedLatents(folder)
-    assert all(isinstance(shard, np.memmap) for shard in data._shards) and len(data._shards) == 3
+    assert all(isinstance(shard, np.memmap) for shard in data._moments) and len(data._moments) == 3
     sent = pickle.dumps(data)
     assert len(sent) < 500
     np.testing.assert_array_equal(pickle.loads(sent).gather(np.arange(3))[0], data.gather(np.arange(3))[0])
