@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from errors import UserError
 from file_layout import LABELS, FileStore, read_labels
@@ -63,4 +63,5 @@ def read_image(store: FileStore, name: str) -> np.ndarray:
     except UserError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise UserError(f"{place} cannot be read as an image ({error}): replace or remove it") from error
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{place} cannot be read as an image ({reason}): replace or remove it") from error
