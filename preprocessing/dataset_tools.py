@@ -1,5 +1,6 @@
-"""Make, describe and check packed datasets (their layout is described in `dataset.py`).
+"""Make, describe and check datasets: images, and packed latents (their layout is described in `dataset.py`).
 
+    python -m preprocessing.dataset_tools convert --source ILSVRC2012_img_train.tar --dest IMAGES --resolution 256x256
     python -m preprocessing.dataset_tools encode --source IMAGES --dest OUT --vae stabilityai/sd-vae-ft-ema
     accelerate launch -m preprocessing.dataset_tools encode --source IMAGES --dest OUT --vae LOCAL --flip
     python -m preprocessing.dataset_tools pack --source vae-sd --dest OUT
@@ -11,14 +12,46 @@ folders or with REPA's `dataset.json` ({"labels": [["folder/image.png", 3], ...]
 """
 
 import argparse
+import os
+import re
+import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python preprocessing/dataset_tools.py`, as in REPA
+
 from errors import OneLineParser, UserError, exits_on_user_error
 from file_layout import SD_VAE
+from preprocessing.convert import convert, describe
 from preprocessing.encode import encode
 from preprocessing.pack import pack
+from preprocessing.pixels import TRANSFORMS
 from preprocessing.verify import info, verify
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parse = commands.add_parser("convert", help="images of any kind and size -> square RGB images of one size")
+    parse.add_argument("--source", required=True, help="folder, zip or tar of images, by class or with dataset.json")
+    parse.add_argument("--dest", required=True, help="folder or .zip to be made")
+    parse.add_argument("--resolution", required=True, type=_square, help="pixels, such as 256x256")
+    parse.add_argument(
+        "--transform", choices=list(TRANSFORMS), default="center-crop-dhariwal", help="crop (default: %(default)s)"
+    )
+    _add_num_workers(parse, "processes that convert", os.cpu_count())
+    parse.set_defaults(run=_run_convert)
+
+
+def _run_convert(args: argparse.Namespace) -> None:
+    report = convert(args.source, args.dest, args.resolution, args.transform, args.num_workers)
+    print(describe(report, args.dest) if report else f"{args.dest} is complete: nothing to do")
+
+
+def _square(text: str) -> int:
+    size = re.fullmatch(r"([1-9]\d*)x\1", text)
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text} given, expected a square such as 256x256")
+    return int(size[1])
 
 
 def _add_encode(commands: argparse._SubParsersAction) -> None:
@@ -84,8 +117,8 @@ def _add_dtype(parse: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_num_workers(parse: argparse.ArgumentParser, what: str) -> None:
-    parse.add_argument("--num-workers", type=_workers, default=2, help=f"{what} (default: 2)")
+def _add_num_workers(parse: argparse.ArgumentParser, what: str, default: int = 2) -> None:
+    parse.add_argument("--num-workers", type=_workers, default=default, help=f"{what} (default: {default})")
 
 
 def _workers(text: str) -> int:
@@ -99,7 +132,7 @@ def main() -> None:
     """Parse the command line and run one command."""
     parser = OneLineParser(description="Make, describe and check datasets.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (_add_encode, _add_pack, _add_verify, _add_info):
+    for add_command in (_add_convert, _add_encode, _add_pack, _add_verify, _add_info):
         add_command(commands)
     args = parser.parse_args()
     args.run(args)
