@@ -6,6 +6,7 @@
     python -m preprocessing.dataset_tools pack --source vae-sd --dest OUT
     python -m preprocessing.dataset_tools verify OUT
     python -m preprocessing.dataset_tools info OUT
+    python -m preprocessing.dataset_tools stats --source IMAGES --dest REFERENCE.npz --feature-weights INCEPTION.pth
 
 Every command may be killed and given again: it continues. `encode` takes square RGB images of one size, in class
 folders or with REPA's `dataset.json` ({"labels": [["folder/image.png", 3], ...]}, optionally "class_names": [...]).
@@ -22,11 +23,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python preprocessing/dataset_tools.py`, as in REPA
 
 from errors import OneLineParser, UserError, exits_on_user_error
+from evaluation.features import load_extractor
 from file_layout import SD_VAE
 from preprocessing.convert import convert, describe
 from preprocessing.encode import encode
+from preprocessing.images import list_images
 from preprocessing.pack import pack
 from preprocessing.pixels import TRANSFORMS
+from preprocessing.stats import write_reference
 from preprocessing.verify import info, verify
 
 
@@ -63,8 +67,7 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
     parse.add_argument("--flip", action="store_true", help="store the moments of the mirror images too (default: no)")
     parse.add_argument("--images", action="store_true", help="store the images too, as pixels (default: no)")
     parse.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default: 64)")
-    best_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parse.add_argument("--device", default=best_device, help=f"where the VAE runs (default here: {best_device})")
+    _add_device(parse, "the VAE")
     _add_num_workers(parse, "processes that read images, for each that encodes")
     parse.set_defaults(run=_run_encode)
 
@@ -111,6 +114,37 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parse.set_defaults(run=lambda args: verify(args.path, args.num_workers))
 
 
+def _add_stats(commands: argparse._SubParsersAction) -> None:
+    parse = commands.add_parser("stats", help="images -> reference batch, with Inception statistics if asked")
+    parse.add_argument("--source", required=True, help="folder or zip of RGB images of one size, by class")
+    parse.add_argument("--dest", required=True, help=".npz file to write")
+    parse.add_argument("--every", type=int, default=1, metavar="N", help="take every N-th image, by name (default: 1)")
+    parse.add_argument("--first", type=int, default=0, metavar="K", help="number of the first image (default: 0)")
+    parse.add_argument(
+        "--features",
+        choices=["inception"],
+        help="store mu, sigma, mu_s, sigma_s too, with torch-fidelity's weights (default: images only)",
+    )
+    parse.add_argument("--feature-weights", metavar="FILE", help="those weights from a local file; implies --features")
+    _add_device(parse, "the feature network")
+    parse.set_defaults(run=_run_stats)
+
+
+def _run_stats(args: argparse.Namespace) -> None:
+    if args.every < 1 or args.first < 0:
+        raise UserError(f"--every {args.every} --first {args.first}: expected at least 1 and at least 0")
+    indices = range(args.first, len(list_images(args.source).names), args.every)
+    extractor = None
+    if args.features or args.feature_weights:
+        extractor = load_extractor("inception", args.feature_weights, args.device)
+    print(f"written to {write_reference(args.source, args.dest, indices, extractor)}")
+
+
+def _add_device(parse: argparse.ArgumentParser, what: str) -> None:
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parse.add_argument("--device", default=best, help=f"where {what} runs (default here: {best})")
+
+
 def _add_dtype(parse: argparse.ArgumentParser) -> None:
     parse.add_argument(
         "--dtype", choices=["float16", "float32"], default="float16", help="stored moments (default: float16)"
@@ -132,7 +166,7 @@ def main() -> None:
     """Parse the command line and run one command."""
     parser = OneLineParser(description="Make, describe and check datasets.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (_add_convert, _add_encode, _add_pack, _add_verify, _add_info):
+    for add_command in (_add_convert, _add_encode, _add_pack, _add_verify, _add_info, _add_stats):
         add_command(commands)
     args = parser.parse_args()
     args.run(args)
