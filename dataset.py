@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from errors import UserError
-from file_layout import FileLatents
+from file_layout import FileLatents, load_npy
 
 MANIFEST = "dataset.json"
 FORMAT = "deepflow-packed-latents"
@@ -113,12 +113,7 @@ class PackedLatents:
     def _open(self, file: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Memory-map one file of the folder and hold it against what the manifest promises."""
         place = self.path / Path(file).name  # never outside the folder, whatever the manifest says
-        try:
-            array = np.load(place, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError as error:
-            raise UserError(f"{place} is missing; copy it again or write the dataset again") from error
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{place} is damaged ({error}); copy it again or write it again") from error
+        array = load_npy(place, "copy it again or write the dataset again")
         if array.shape != shape or array.dtype != dtype:
             raise UserError(
                 f"{place} holds {array.shape} {array.dtype}, but {MANIFEST} says {shape} {dtype}; "

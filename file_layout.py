@@ -99,6 +99,20 @@ def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
     return label_of, [str(name) for name in class_names]
 
 
+def load_npy(source: Path | io.BytesIO, remedy: str, place: Path | None = None) -> np.ndarray:
+    """An array from a `.npy` file, memory-mapped, or from the content of the file `place`; nothing is executed.
+
+    Raises `UserError`, which ends with `remedy`, if it is missing or damaged.
+    """
+    try:
+        return np.load(source, mmap_mode=None if place else "r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{source} is missing: {remedy}") from error
+    except Exception as error:  # the parser of a damaged header stumbles in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{place or source} is damaged ({reason}): {remedy}") from error
+
+
 class FileLatents:
     """Latents in the layout of the official release and of REPA's tool: one `.npy` an image, in a folder or zip.
 
@@ -156,12 +170,8 @@ class FileLatents:
         return np.bincount(self.labels, minlength=self.num_classes)
 
     def _load(self, name: str) -> np.ndarray:
-        try:
-            return np.load(io.BytesIO(self.store.read(name)), allow_pickle=False)
-        except UserError:
-            raise
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{self.path / name} is damaged ({error}): copy it again or encode it again") from error
+        content = io.BytesIO(self.store.read(name))
+        return load_npy(content, "copy it again or encode it again", self.path / name)
 
     def read(self, index: int) -> np.ndarray:
         """Moments (2C, h, w) of one sample; `UserError` names a file that is missing, damaged or unlike the first."""

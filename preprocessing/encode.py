@@ -17,6 +17,7 @@ from preprocessing.destination import only_writer
 from preprocessing.images import SourceImages, list_images, read_image
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.processes import Processes, joined_processes
+from preprocessing.workers import end_with_parent
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -111,6 +112,7 @@ def _encode_units(
         batch_sampler=[batch for unit in units for batch in batches[unit]],
         num_workers=num_workers,
         collate_fn=_as_it_is,
+        worker_init_fn=end_with_parent,
     )
     read = iter(loader)
     total = sum(len(job.rows_of(unit)) for unit in units)
@@ -120,6 +122,7 @@ def _encode_units(
             for _ in batches[unit]:
                 batch = next(read)
                 if isinstance(batch, UserError):
+                    del read  # ends its workers; the traceback would keep them waiting
                     raise batch
                 moments.append(_views(vae, batch, job.manifest["flip"]))
                 pixels.append(batch.numpy())

@@ -11,6 +11,7 @@ from file_layout import LABELS, SD_VAE, FileLatents
 from preprocessing.destination import only_writer
 from preprocessing.images import SourceImages, list_images, read_image
 from preprocessing.packed_writer import PackedJob, packed_manifest
+from preprocessing.workers import end_with_parent
 
 
 def pack(
@@ -56,6 +57,7 @@ def pack(
             batch_size=None,
             num_workers=num_workers,
             collate_fn=_as_it_is,
+            worker_init_fn=end_with_parent,
         )
         with tqdm(total=sum(len(job.rows_of(unit)) for unit in job.left()), desc="pack", unit="img") as bar:
             for done in loader:

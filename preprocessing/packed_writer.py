@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from dataset import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest
 from errors import UserError
+from file_layout import load_npy
 from preprocessing.destination import write_file, written_aside
 
 SHARD_BYTES = 2**31  # few files, yet each is quick to copy and to check
@@ -159,14 +160,6 @@ class PackedJob:
             rows["images"] = images
         write_file(self._unit_file(unit), _npy(rows))
 
-    def _read_unit(self, unit: int) -> np.ndarray:
-        try:
-            return np.load(self._unit_file(unit), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{self._unit_file(unit)} is damaged ({error}): delete {self.dest} and begin again"
-            ) from error
-
     def finish(self, shard_rows: int | None = None) -> None:
         """Put the units together to shards of `shard_rows` samples (by default of 2 GiB), then write the manifest."""
         unwritten = self.left()
@@ -207,17 +200,14 @@ class PackedJob:
 
     def _write_shard(self, field: str, rows: range, place: Path, record: Path) -> None:
         """Write samples `rows` of a field to `place`; their checksums go to `record`, before `place` is there."""
-        row_shape = self.row_type[field].shape
-        if field == "moments" and not self.manifest["flip"]:
-            row_shape = row_shape[1:]
-        header = {"descr": self.row_type[field].base.str, "fortran_order": False, "shape": (len(rows), *row_shape)}
         checksums = []
         with written_aside(place, self.work) as shard:
-            np.lib.format.write_array_header_1_0(shard, header)
+            shard.write(shard_header(self.manifest, field, len(rows)))
             for unit in range(rows.start // self.unit_rows, -(-rows.stop // self.unit_rows)):
                 unit_rows = self.rows_of(unit)
                 here = slice(max(rows.start - unit_rows.start, 0), rows.stop - unit_rows.start)
-                content = np.ascontiguousarray(self._read_unit(unit)[field][here])
+                units = load_npy(self._unit_file(unit), f"delete {self.dest} and begin again")
+                content = np.ascontiguousarray(units[field][here])
                 checksums += [zlib.crc32(row) for row in content]
                 shard.write(content.data)
             entry = {"file": place.name, "count": len(rows), "sha256": shard.hexdigest(), "crc32": checksums}
@@ -256,6 +246,16 @@ def row_type(manifest: dict[str, Any]) -> np.dtype:
     if manifest["images"]:
         fields.append(("images", np.dtype(np.uint8), (manifest["resolution"], manifest["resolution"], 3)))
     return np.dtype(fields)
+
+
+def shard_header(manifest: dict[str, Any], field: str, count: int) -> bytes:
+    """What comes before the rows in a shard of `count` samples."""
+    field_type = row_type(manifest)[field]
+    row_shape = field_type.shape if field != "moments" or manifest["flip"] else field_type.shape[1:]
+    buffer = io.BytesIO()
+    header = {"descr": field_type.base.str, "fortran_order": False, "shape": (count, *row_shape)}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
 
 
 def _check_same(wanted: dict[str, Any], found: dict[str, Any], dest: Path, what: str) -> None:

@@ -15,7 +15,7 @@ from errors import UserError
 from file_layout import FileLatents
 from preprocessing.images import list_images
 from preprocessing.pack import check_files
-from preprocessing.packed_writer import row_type
+from preprocessing.packed_writer import row_type, shard_header
 
 CHUNK_BYTES = 2**22
 
@@ -68,18 +68,17 @@ def verify(path: str | Path, num_workers: int = 2) -> None:
     Latents of one file an image have no checksums: there every file has to hold finite moments of the same form.
     """
     path = Path(path)
-    packed = path.is_dir() and (path / "labels.npy").exists()
-    data = None if packed else open_latents(path)
-    if isinstance(data, FileLatents):
-        damaged = _damage_of_files(data, num_workers)
-    else:
-        damaged = _damage_of_packed(path, read_manifest(path), num_workers)
+    try:
+        manifest, files = read_manifest(path), None
+    except UserError:  # unless it is of one file an image, this says the same again
+        manifest, files = None, open_latents(path)
+    damaged = _damage_of_files(files, num_workers) if files else _damage_of_packed(path, manifest, num_workers)
     for line in damaged:
         print(line)
     if damaged:
         more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         raise UserError(f"{path} is damaged: {damaged[0]}{more}: copy it again or write it again")
-    print(f"{path}: {len(data or PackedLatents(path))} samples, all as written")
+    print(f"{path}: {len(files or PackedLatents(path))} samples, all as written")
 
 
 def _damage_of_files(data: FileLatents, num_workers: int) -> list[str]:
@@ -107,13 +106,11 @@ def _damage_of_packed(path: Path, manifest: dict[str, Any], num_workers: int) ->
     names = json.loads((path / "names.json").read_text(encoding="utf-8"))
     checksums = np.load(path / "checksums.npy", allow_pickle=False)
     shards = []
-    sizes = [field.itemsize for field, _ in row_type(manifest).fields.values()]
-    for column, key, row_bytes in zip(checksums.T, ("shards", "image_shards"), sizes, strict=False):
+    for column, field, key in zip(checksums.T, row_type(manifest).names, ("shards", "image_shards"), strict=False):
         first = 0
         for shard in manifest[key]:
             rows = slice(first, first + shard["count"])
-            place = path / Path(shard["file"]).name
-            shards.append((place, shard["sha256"], row_bytes, column[rows], names[rows]))
+            shards.append((path, manifest, field, shard, column[rows], names[rows]))
             first = rows.stop
     with (
         tqdm(total=checksums.size, desc="verify", unit="row") as bar,
@@ -124,16 +121,19 @@ def _damage_of_packed(path: Path, manifest: dict[str, Any], num_workers: int) ->
 
 
 def _damage_of_shard(
-    place: Path, sha256: str, row_bytes: int, checksums: np.ndarray, names: list[str], bar: tqdm
+    path: Path,
+    manifest: dict[str, Any],
+    field: str,
+    shard: dict[str, Any],
+    checksums: np.ndarray,
+    names: list[str],
+    bar: tqdm,
 ) -> list[str]:
     """What is wrong with one shard: a line for each sample, or one for what concerns no single sample."""
-    digest, damaged = hashlib.sha256(), []
+    place, digest, damaged = path / Path(shard["file"]).name, hashlib.sha256(), []
+    header_bytes, row_bytes = len(shard_header(manifest, field, len(names))), row_type(manifest)[field].itemsize
     try:
         with place.open("rb", buffering=CHUNK_BYTES) as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            header_bytes = file.tell()
-            file.seek(0)
             digest.update(file.read(header_bytes))
             for row, (name, checksum) in enumerate(zip(names, checksums.tolist(), strict=True)):
                 content = file.read(row_bytes)
@@ -142,9 +142,9 @@ def _damage_of_shard(
                     damaged.append(f"{name} (row {row} of {place.name})")
                 bar.update()
             digest.update(file.read())
-    except (OSError, ValueError, EOFError) as error:
-        return [f"{place.name} with {names[0]} to {names[-1]} cannot be read ({error})"]
-    if digest.hexdigest() != sha256 and not damaged:
+    except OSError as error:
+        return [f"{place.name} with {names[0]} to {names[-1]} cannot be read ({error.strerror})"]
+    if digest.hexdigest() != shard["sha256"] and not damaged:
         return [f"{place.name}, though not in its samples: its header or its length"]
     return damaged
 
