@@ -42,7 +42,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parse.add_argument(
         "--transform", choices=list(TRANSFORMS), default="center-crop-dhariwal", help="crop (default: %(default)s)"
     )
-    _add_num_workers(parse, "processes that convert", os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    _add_num_workers(parse, "processes that convert", cores)
     parse.set_defaults(run=_run_convert)
 
 

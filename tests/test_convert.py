@@ -4,7 +4,7 @@ import errno
 import io
 import json
 import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sample_data import contents, kill_ten_times, run_main
 
 from errors import UserError
 from file_layout import FileStore
 from preprocessing import convert as convert_module
 from preprocessing.convert import CHUNK, convert, describe
-from preprocessing.dataset_tools import main
 from preprocessing.destination import only_writer
 from preprocessing.growing_zip import GrowingZip
 from preprocessing.images import list_images
@@ -82,23 +82,6 @@ def converted(pictures, tmp_path_factory):
     return dest
 
 
-def content_of(path):
-    """All files: name -> bytes. Of a zip its own bytes: what is in them is compared elsewhere."""
-    if path.is_file():
-        return {"": path.read_bytes()}
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-
-
-def run_main(monkeypatch, *arguments):
-    """The exit code of one command line."""
-    monkeypatch.setattr(sys, "argv", ["dataset_tools", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 def few(folder, count=3, size=(20, 24)):
     """A few images in two classes."""
     for index in range(count):
@@ -144,7 +127,7 @@ def test_pictures_are_those_of_the_originals(pictures, converted):
 
 
 def test_a_zip_holds_what_a_folder_does(converted):
-    folder = content_of(converted / "folder")
+    folder = contents(converted / "folder")
     with zipfile.ZipFile(converted / "whole.zip") as archive:
         assert archive.testzip() is None
         assert {name: archive.read(name) for name in archive.namelist()} == folder
@@ -161,7 +144,7 @@ def test_the_source_may_be_a_zip_or_tar_and_workers_any_number(pictures, convert
             archive.write(file, file.relative_to(pictures))
     source = tmp_path / ("raw.tar" if workers else "raw.zip")
     convert(source, tmp_path / "out", 16, num_workers=workers)
-    expected, found = content_of(converted / "folder"), content_of(tmp_path / "out")
+    expected, found = contents(converted / "folder"), contents(tmp_path / "out")
     for files in (expected, found):  # the tar has its files below "train/"
         labels, report = json.loads(files.pop("dataset.json")), json.loads(files.pop("report.json"))
         files["labels"] = labels["labels"], labels["class_names"], report["converted"], report["kinds"]
@@ -171,54 +154,26 @@ def test_the_source_may_be_a_zip_or_tar_and_workers_any_number(pictures, convert
 # ---- kills
 
 
-def killed_after(lines, source, dest):
-    """Run `convert` in a process of its own, and kill it once its progress has that many lines, or a bit later."""
-    progress = dest.with_name(f".{dest.name}.partial") / "progress.jsonl"
-    process = os.fork()
-    if process == 0:
-        try:
-            os.dup2(os.open("/tmp/dev/child.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-            convert(source, dest, 16, num_workers=2)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    deadline = time.monotonic() + 60
-    while lines and (not progress.exists() or progress.read_bytes().count(b"\n") < lines):
-        assert os.waitpid(process, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
-        time.sleep(0.0005)
-    time.sleep(random.uniform(0, 0.02))
-    os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    return os.WIFSIGNALED(status)
-
-
 @pytest.mark.parametrize("name", ["folder", "whole.zip"])
-def test_ten_kills_change_nothing(pictures, converted, tmp_path, name):
-    dest = tmp_path / name
-    chunks = (GOOD + 5) // CHUNK
-    for lines in sorted(random.sample(range(chunks * 3 // 4), 10)):  # early enough that it is not done before the kill
-        assert killed_after(lines, pictures, dest) and not dest.exists()
-        deadline = time.monotonic() + 5  # the workers of the killed one end as soon as they notice
-        while True:
-            try:
-                with only_writer(dest):
-                    break
-            except UserError:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-    convert(pictures, dest, 16, num_workers=2)
-    assert content_of(dest) == content_of(converted / name)
-    assert [file.name for file in tmp_path.iterdir()] == [name]
+def test_killed_at_ten_random_moments_the_same_command_completes(pictures, converted, tmp_path, name):
+    def command():
+        convert(pictures, tmp_path / "dest" / name, 16, num_workers=2)
+
+    began = time.monotonic()
+    command()
+    seconds = time.monotonic() - began
+    whole = contents(tmp_path / "dest")
+    expected = {file: content for file, content in contents(converted).items() if file.split("/")[0] == name}
+    assert whole == expected
+    shutil.rmtree(tmp_path / "dest")
+    kill_ten_times(command, tmp_path / "dest", whole, seconds)
 
 
 @pytest.mark.parametrize("name", ["out", "out.zip"])
 def test_stopped_at_the_very_end(tmp_path, monkeypatch, name):
     """Before and after the finished dataset takes its name."""
-    source, dest = few(tmp_path / "raw"), tmp_path / name
-    convert(source, tmp_path / f"whole-{name}", 16, num_workers=0)
+    source, dest = few(tmp_path / "raw"), tmp_path / "dest" / name
+    convert(source, tmp_path / "whole" / name, 16, num_workers=0)
 
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -228,22 +183,21 @@ def test_stopped_at_the_very_end(tmp_path, monkeypatch, name):
             patch.setattr(owner, attribute, stop)
             with pytest.raises(KeyboardInterrupt):
                 convert(source, dest, 16, num_workers=0)
-    assert dest.exists() and (tmp_path / f".{name}.partial").exists()
+    assert dest.exists() and (tmp_path / "dest" / f".{name}.partial").exists()
     assert convert(source, dest, 16, num_workers=0) is None
-    assert content_of(dest) == content_of(tmp_path / f"whole-{name}")
-    assert not (tmp_path / f".{name}.partial").exists()
+    assert contents(tmp_path / "dest") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["out", "out.zip"])
 def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path, monkeypatch, name):
-    source, dest = few(tmp_path / "raw", CHUNK * 3), tmp_path / name
-    convert(source, tmp_path / f"whole-{name}", 16, num_workers=0)
+    source, dest = few(tmp_path / "raw", CHUNK * 3), tmp_path / "dest" / name
+    convert(source, tmp_path / "whole" / name, 16, num_workers=0)
     real, calls = json.dumps, iter(range(100))
 
     def torn(line, **options):
         """The disk is full within the progress line of the second chunk."""
         if isinstance(line, dict) and line.get("chunk") == 1 and next(calls) == 0:
-            progress = tmp_path / f".{name}.partial" / "progress.jsonl"
+            progress = tmp_path / "dest" / f".{name}.partial" / "progress.jsonl"
             with progress.open("a") as file:
                 file.write(real(line)[:20])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -254,7 +208,7 @@ def test_a_full_disk_is_one_line_and_the_command_continues(tmp_path, monkeypatch
         convert(source, dest, 16, num_workers=0)
     assert not dest.exists()
     convert(source, dest, 16, num_workers=0)
-    assert content_of(dest) == content_of(tmp_path / f"whole-{name}")
+    assert contents(tmp_path / "dest") == contents(tmp_path / "whole")
 
 
 def test_a_worker_out_of_disk_or_killed_is_one_line(tmp_path, monkeypatch):
@@ -343,7 +297,7 @@ def test_only_the_same_conversion_continues_or_is_complete(tmp_path):
     source, dest = few(tmp_path / "raw"), tmp_path / "out"
     dest.mkdir()  # empty: as good as absent
     convert(source, dest, 16, num_workers=0)
-    before = content_of(dest)
+    before = contents(dest)
     assert convert(source, dest, 16, num_workers=0) is None
     with pytest.raises(UserError, match="resolution 16, where this command has 8"):
         convert(source, dest, 8, num_workers=0)
@@ -352,7 +306,7 @@ def test_only_the_same_conversion_continues_or_is_complete(tmp_path):
     few(source, 4)
     with pytest.raises(UserError, match="files 3, where this command has 4"):
         convert(source, dest, 16, num_workers=0)
-    assert content_of(dest) == before
+    assert contents(dest) == before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     for other in (tmp_path / "thesis", tmp_path / "thesis" / "thesis.tex"):

@@ -1,17 +1,15 @@
 """The reference batch written from images, and its Inception statistics."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sample_data import run_main
 
 from errors import UserError
 from evaluation import ImageArchive, frechet_distance
 from evaluation.features import Features
 from evaluation.metrics import extract
-from preprocessing.dataset_tools import main
 from preprocessing.stats import write_reference
 
 
@@ -59,16 +57,6 @@ class Projection(torch.nn.Module):
         return Features(features[:, :5], features[:, 5:], features[:, :7])
 
 
-def run_main(monkeypatch, *arguments):
-    """The exit code of one `stats` command."""
-    monkeypatch.setattr(sys, "argv", ["dataset_tools", "stats", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 @pytest.mark.parametrize("indices", [None, [4, 0, 0], range(1, 6, 2)])
 def test_reference_holds_the_chosen_images_and_labels(folder, tmp_path, indices):
     images_dir, pixels = folder
@@ -102,7 +90,7 @@ def test_statistics_are_mean_and_covariance_of_the_features(folder, tmp_path):
 def test_command_with_inception(folder, tmp_path, inception_weights, monkeypatch):
     images_dir, pixels = folder
     flags = ["--source", images_dir, "--dest", tmp_path / "r.npz", "--feature-weights", inception_weights]
-    assert run_main(monkeypatch, *flags, "--every", 4, "--device", "cpu") == 0
+    assert run_main(monkeypatch, "stats", *flags, "--every", 4, "--device", "cpu") == 0
     with np.load(tmp_path / "r.npz", allow_pickle=False) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], pixels[::4])
         assert [arrays[name].shape for name in ("mu", "sigma", "mu_s", "sigma_s")] == [
@@ -115,7 +103,9 @@ def test_command_writes_disjoint_halves(folder, tmp_path, monkeypatch):
     images_dir, pixels = folder
     for first in (0, 1):
         dest = tmp_path / f"{first}.npz"
-        assert run_main(monkeypatch, "--source", images_dir, "--dest", dest, "--every", 2, "--first", first) == 0
+        assert (
+            run_main(monkeypatch, *flags, "--every", 2, "--first", first) == 0
+        )
         with np.load(dest) as arrays:
             np.testing.assert_array_equal(arrays["arr_0"], pixels[first::2])
 
@@ -149,7 +139,7 @@ def test_command_refuses_bad_input_with_one_line(folder, tmp_path, monkeypatch, 
         (folder[0], ["--features", "demo"], "demo"),
         (folder[0], ["--feature-weights", tmp_path / "none.pth"], "no such file"),
     ):
-        assert run_main(monkeypatch, "--source", source, "--dest", tmp_path / "r.npz", *flags) == 2
+        assert run_main(monkeypatch, "stats", "--source", source, "--dest", tmp_path / "r.npz", *flags) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and err.startswith("error: ") and message in err
     assert [file.name for file in tmp_path.iterdir()] == ["images"]
