@@ -103,9 +103,8 @@ def test_command_writes_disjoint_halves(folder, tmp_path, monkeypatch):
     images_dir, pixels = folder
     for first in (0, 1):
         dest = tmp_path / f"{first}.npz"
-        assert (
-            run_main(monkeypatch, *flags, "--every", 2, "--first", first) == 0
-        )
+        flags = ["--source", images_dir, "--dest", dest, "--every", 2, "--first", first]
+        assert run_main(monkeypatch, "stats", *flags) == 0
         with np.load(dest) as arrays:
             np.testing.assert_array_equal(arrays["arr_0"], pixels[first::2])
 
