@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import mmap
 import pickle
 import re
 import threading
@@ -44,6 +45,19 @@ def test_gather_returns_what_was_written(tmp_path, dtype):
         np.testing.assert_array_equal(read_labels, labels[indices])
 
 
+@pytest.mark.parametrize(("speed", "asks"), [(1e30, True), (1, False)])  # every read is slow, none is
+def test_asking_the_disk_in_advance_changes_no_result(folder, monkeypatch, speed, asks):
+    monkeypatch.setattr(dataset, "COLD_SPEED", speed)
+    data, asked = PackedLatents(folder), []
+    monkeypatch.setattr(data._moments, "_ask_for", lambda *args, real=data._moments._ask_for: asked.append(real(*args)))
+    expected = data.gather(np.arange(COUNT))[0]
+    for _ in range(dataset.COLD_READS):
+        data.gather(np.arange(COUNT))
+    asked.clear()
+    np.testing.assert_array_equal(data.gather(np.arange(COUNT))[0], expected)
+    assert len(asked) == (3 if asks else 0)
+
+
 def test_gather_refuses_what_is_not_there(folder):
     data = PackedLatents(folder)
     for index in (-1, COUNT):
@@ -53,7 +67,9 @@ def test_gather_refuses_what_is_not_there(folder):
 
 def test_shards_are_mapped_and_travel_as_a_path(folder):
     data = PackedLatents(folder)
-    assert all(isinstance(shard, np.memmap) for shard in data._moments) and len(data._moments) == 3
+    assert len(data._moments._places) == 3
+    assert all(isinstance(mapped, mmap.mmap) and len(mapped) > 160 for mapped, _ in data._moments._places)
+    assert all(array.base is not None and not array.flags.writeable for array in data._moments._arrays)
     sent = pickle.dumps(data)
     assert len(sent) < 500
     np.testing.assert_array_equal(pickle.loads(sent).gather(np.arange(3))[0], data.gather(np.arange(3))[0])
