@@ -1,18 +1,24 @@
-"""Training data: packed latents, memory-mapped, in an order that depends on the seed and the step alone.
+"""Training data: latents on disk or on the device, in an order that depends on the seed and the step alone.
 
 A packed dataset is a folder written by `preprocessing/dataset_tools.py`:
 
     dataset.json          the manifest, written last: a folder without it was never finished
-    moments-00000.npy     (n, 2C, h, w) VAE moments, mean and std stacked, float16 or float32
-    moments-00001.npy     ...
+    moments-00000.npy     (n, 2C, h, w) VAE moments, mean and std stacked, float16 or float32; with flips
+    moments-00001.npy       (n, 2, 2C, h, w), of the image and of its mirror image
+    ...
+    images-00000.npy      (n, H, W, 3) uint8 pixels, if wanted, in shards of their own
     labels.npy            (N,) int64 class ids, 0 <= id < num_classes
     names.json            N image names; row i of the shards, of the labels and of the names are one sample
+    checksums.npy         (N, 1 or 2) uint32 CRC-32 of each row of the moments, and of the images
 
-Whatever has `gather(indices)` and `len()` as `PackedLatents` does can be given to `latent_batches`.
+The layout of the official release, a folder or zip of one `.npy` an image with a `dataset.json` of labels, is read
+through the same interface, `open_latents`, at the speed of one file a sample.
 """
 
 import itertools
 import json
+import mmap
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +28,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from errors import UserError
+from file_layout import FileLatents, load_npy
 
 MANIFEST = "dataset.json"
 FORMAT = "deepflow-packed-latents"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# Below this a read must have come from the disk. Asking for pages in advance makes such reads ten times as fast and
+# reads from memory half as fast: so the next reads ask, and when none has been slow for a while they no longer do.
+COLD_SPEED = 250e6  # bytes/s
+COLD_READS = 100
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -54,7 +67,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if manifest.get("version") != FORMAT_VERSION:
         raise UserError(
             f"{file} has format version {manifest.get('version')}, this program reads {FORMAT_VERSION}: "
-            "write the dataset again"
+            "write the dataset again, to another place or after deleting this one"
         )
     return manifest
 
@@ -63,8 +76,9 @@ class PackedLatents:
     """The packed dataset in folder `path`; its shards are memory-mapped, never read as a whole.
 
     Attributes: `manifest` (dict), `labels` ((N,) int64), `latent_shape` ((2C, h, w), of the stored moments),
-    `num_classes`, `class_names`, `scaling_factor` (of the VAE, from its own config). Sent to another process
-    it travels as its path and is opened again there.
+    `num_classes`, `class_names`, `scaling_factor` (of the VAE, from its own config), `has_flips` (moments of the
+    mirror images too), `has_images` (pixels too). Sent to another process it travels as its path and is opened again
+    there.
 
     Raises `UserError` for everything `read_manifest` refuses, and if a file is missing or is not what the
     manifest says. Contents are compared with their checksums only by `dataset_tools verify`.
@@ -78,30 +92,35 @@ class PackedLatents:
             self.num_classes = int(self.manifest["num_classes"])
             self.class_names = list(self.manifest["class_names"])
             self.scaling_factor = float(self.manifest["scaling_factor"])
-            count, dtype = int(self.manifest["count"]), np.dtype(self.manifest["dtype"])
-            shards = [(shard["file"], int(shard["count"])) for shard in self.manifest["shards"]]
-            if count < 1 or sum(rows for _, rows in shards) != count:
-                raise ValueError(f"its shards do not add up to a count of {count}")
+            self.has_flips, self.has_images = bool(self.manifest["flip"]), bool(self.manifest["images"])
+            side, dtype = int(self.manifest["resolution"]), np.dtype(self.manifest["dtype"])
+            moments_shape = (2, *self.latent_shape) if self.has_flips else self.latent_shape
+            count = int(self.manifest["count"])
+            moments = self._open_shards("shards", count, moments_shape, dtype)
+            images = self._open_shards("image_shards", count, (side, side, 3), np.uint8) if self.has_images else None
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path / MANIFEST} is damaged: {error!r}; write it again") from error
-        self._shards = [self._open(file, (rows, *self.latent_shape), dtype) for file, rows in shards]
-        self._first_rows = np.cumsum([0] + [rows for _, rows in shards])[:-1]
-        self.labels = np.array(self._open("labels.npy", (count,), np.dtype(np.int64)))
+        self._moments = _MappedRows(moments, self.latent_shape)  # with flips, two rows a sample
+        self._images = _MappedRows(images, (side, side, 3)) if self.has_images else None
+        self.labels = np.array(self._open("labels.npy", (count,), np.int64))
         if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
             raise UserError(
                 f"{self.path / 'labels.npy'} has labels from {self.labels.min()} to {self.labels.max()}, "
                 f"but {MANIFEST} says num_classes {self.num_classes}; write the dataset again"
             )
 
-    def _open(self, file: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def _open_shards(self, key: str, count: int, row_shape: tuple[int, ...], dtype: np.dtype) -> list[np.memmap]:
+        shards = [(shard["file"], int(shard["count"])) for shard in self.manifest[key]]
+        if count < 1 or sum(rows for _, rows in shards) != count:
+            raise ValueError(f"its {key} do not add up to a count of {count}")
+        return [self._open(file, (rows, *row_shape), dtype) for file, rows in shards]
+
+    def _open(self, file: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
         """Memory-map one file of the folder and hold it against what the manifest promises."""
         place = self.path / Path(file).name  # never outside the folder, whatever the manifest says
-        try:
-            array = np.load(place, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError as error:
-            raise UserError(f"{place} is missing; copy it again or write the dataset again") from error
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{place} is damaged ({error}); copy it again or write it again") from error
+        array = load_npy(place, "copy it again or write the dataset again")
         if array.shape != shape or array.dtype != dtype:
             raise UserError(
                 f"{place} holds {array.shape} {array.dtype}, but {MANIFEST} says {shape} {dtype}; "
@@ -116,6 +135,11 @@ class PackedLatents:
         return PackedLatents, (self.path,)
 
     @cached_property
+    def class_counts(self) -> np.ndarray:
+        """How many samples each class has, (num_classes,) int64."""
+        return np.bincount(self.labels, minlength=self.num_classes)
+
+    @cached_property
     def names(self) -> list[str]:
         """The N image names, relative to the folder they were encoded from."""
         file = self.path / "names.json"
@@ -127,20 +151,147 @@ class PackedLatents:
             raise UserError(f"{file} has {len(names)} names for {len(self)} samples; write the dataset again")
         return names
 
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Moments (B, 2C, h, w) in their stored dtype, and labels (B,), of samples `indices` (B,).
 
-        One indexed read per shard. Raises `IndexError` for an index outside [0, N).
+        Where `mirrored` ((B,) bool) is true, of the mirror image. One indexed read per shard. Raises `IndexError` for
+        an index outside [0, N), `ValueError` for mirror images that the dataset does not have.
         """
-        indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"sample {indices.min()}..{indices.max()} asked of a dataset of {len(self)}")
-        shard_of = np.searchsorted(self._first_rows, indices, side="right") - 1
-        moments = np.empty((len(indices), *self.latent_shape), self._shards[0].dtype)
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            moments[here] = self._shards[shard][indices[here] - self._first_rows[shard]]
-        return moments, self.labels[indices]
+        indices = _checked(indices, len(self))
+        if not self.has_flips:
+            if mirrored is not None and mirrored.any():
+                raise ValueError(f"{self.path} has no moments of mirror images")
+            rows = indices
+        else:
+            rows = 2 * indices + (0 if mirrored is None else mirrored)
+        return self._moments.gather(rows), self.labels[indices]
+
+    def gather_images(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
+        """Pixels (B, H, W, 3) uint8 of samples `indices` (B,), mirrored where `mirrored` ((B,) bool) is true.
+
+        Raises `UserError` if the dataset was written without images.
+        """
+        if not self.has_images:
+            raise UserError(f"{self.path} holds no images: write it again with --images")
+        images = self._images.gather(_checked(indices, len(self)))
+        if mirrored is not None:
+            images[mirrored] = images[mirrored, :, ::-1]
+        return images
+
+
+def _checked(indices: np.ndarray, count: int) -> np.ndarray:
+    indices = np.asarray(indices, dtype=np.int64)
+    if indices.size and not (indices.min() >= 0 and indices.max() < count):
+        raise IndexError(f"sample {indices.min()}..{indices.max()} asked of a dataset of {count}")
+    return indices
+
+
+class _MappedRows:
+    """Rows of one shape and type in memory-mapped files, one file after the other."""
+
+    def __init__(self, files: list[np.memmap], row_shape: tuple[int, ...]) -> None:
+        self._arrays = [np.asarray(file).reshape(-1, *row_shape) for file in files]
+        self._places = [(file.base, file.offset) for file in files]
+        self._ends = np.cumsum([len(array) for array in self._arrays])
+        self._row_bytes = self._arrays[0][0].nbytes
+        self._cold = COLD_READS
+        for mapped, _ in self._places:
+            mapped.madvise(mmap.MADV_RANDOM)  # or the system would read megabytes around every row
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (B,), copied: one indexed read from each file concerned."""
+        began = time.perf_counter()
+        file_of = np.searchsorted(self._ends, rows, side="right")
+        parts = [(file, file_of == file) for file in np.unique(file_of)]
+        parts = [(file, here, rows[here] - self._ends[file] + len(self._arrays[file])) for file, here in parts]
+        if self._cold > 0:
+            for file, _, inside in parts:
+                self._ask_for(file, inside)
+        if len(parts) == 1:
+            gathered = self._arrays[parts[0][0]][parts[0][2]]
+        else:
+            gathered = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
+            for file, here, inside in parts:
+                gathered[here] = self._arrays[file][inside]
+        slow = time.perf_counter() - began > gathered.nbytes / COLD_SPEED
+        self._cold = COLD_READS if slow else self._cold - 1
+        return gathered
+
+    def _ask_for(self, file: int, rows: np.ndarray) -> None:
+        """Have the system begin to read these rows all at once, where a plain access would wait for each page."""
+        mapped, offset = self._places[file]
+        starts = (offset + rows * self._row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        for start in starts.tolist():
+            mapped.madvise(mmap.MADV_WILLNEED, start, self._row_bytes + mmap.PAGESIZE)
+
+
+class DeviceLatents:
+    """The latents of `data` as a whole in the memory of `device`: batches are gathered there, and nothing is read.
+
+    ImageNet at 256 px in float16 takes 20 GiB, twice that with flips. Labels lie there too; images stay where they
+    are. To be given to `latent_batches` in place of `data`.
+
+    Raises `UserError` if they do not fit in what the device has free.
+    """
+
+    def __init__(self, data: PackedLatents | FileLatents, device: str | torch.device) -> None:
+        self._data = data
+        self.path, self.has_flips, self.has_images = data.path, data.has_flips, data.has_images
+        device, views = torch.device(device), 1 + data.has_flips
+        moments = torch.from_numpy(data.gather(np.arange(1))[0])
+        size = views * len(data) * moments.nbytes
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else size
+        if size > free:
+            raise UserError(
+                f"the latents of {data.path} take {size / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: "
+                "leave them on disk"
+            )
+        self._moments = torch.empty((views, len(data), *data.latent_shape), dtype=moments.dtype, device=device)
+        for first in tqdm(range(0, len(data), 4096), "latents to device", unit_scale=4096, unit="img"):
+            rows = np.arange(first, min(first + 4096, len(data)))
+            for view in range(views):
+                read = data.gather(rows, np.full(len(rows), view == 1))[0]
+                self._moments[view, first : first + len(rows)] = torch.from_numpy(read)
+        self._moments = self._moments.flatten(0, 1)
+        self._labels = torch.from_numpy(data.labels).to(device)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `PackedLatents.gather`, as tensors on the device."""
+        indices = _checked(indices, len(self))
+        rows = indices if mirrored is None else indices + len(self) * mirrored
+        rows, indices = (torch.from_numpy(array).to(self._labels.device) for array in (rows, indices))
+        return self._moments[rows], self._labels[indices]
+
+    def gather_images(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
+        """As `PackedLatents.gather_images`: read from where they are."""
+        return self._data.gather_images(indices, mirrored)
+
+
+def open_latents(path: str | Path) -> PackedLatents | FileLatents:
+    """The latents at `path`: a packed dataset, a folder or zip of one `.npy` an image, or a folder with one of
+    these as `vae-sd` or `vae-sd.zip` in it (what the official `--data-dir` names).
+
+    Raises `UserError` as the reader of that layout does.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / MANIFEST).exists():
+        inner = [path / name for name in ("vae-sd", "vae-sd.zip") if (path / name).exists()]
+        path = inner[0] if inner else path
+    if path.is_file() or _lists_files(path / MANIFEST):
+        return FileLatents(path)
+    return PackedLatents(path)
+
+
+def _lists_files(manifest: Path) -> bool:
+    """Whether this is the `dataset.json` of one file a sample; a damaged one is left to its reader to report."""
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "format" not in content and "labels" in content
 
 
 class DataOrder:
@@ -162,21 +313,30 @@ class DataOrder:
         if seed < 0:
             raise UserError(f"seed {seed} given, expected 0 or more: change --seed")
         self.size, self.global_batch, self.seed = size, global_batch, seed
-        self._cached_epoch, self._cached_permutation = -1, np.empty(0, np.int64)
+        self._epoch, self._permutation, self._coins = -1, np.empty(0, np.int64), np.empty(0, bool)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        """Order (size,) of one epoch; the latest is kept, as drawing ImageNet's takes a tenth of a second."""
-        if epoch != self._cached_epoch:
-            # Sorted raw bits: NumPy promises never to change these, unlike `Generator.permutation`.
+    def _draw(self, epoch: int) -> None:
+        """Draw the order of one epoch; the latest is kept, as ImageNet's takes a tenth of a second."""
+        if epoch != self._epoch:
+            # Sorted raw bits: NumPy promises never to change these, unlike `Generator.permutation`. The lowest
+            # bit has no say in the order, so it serves as each sample's coin.
             bits = np.random.PCG64([self.seed, epoch]).random_raw(self.size)
-            self._cached_epoch, self._cached_permutation = epoch, np.argsort(bits, kind="stable")
-        return self._cached_permutation
+            self._epoch, self._permutation, self._coins = epoch, np.argsort(bits, kind="stable"), bits % 2 == 1
 
     def batch(self, step: int) -> np.ndarray:
         """Sample indices (global_batch,) int64 of optimizer step `step`, counted from 0."""
+        return self.batch_and_coins(step)[0]
+
+    def batch_and_coins(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """`batch(step)`, and for each a fair coin (global_batch,) bool, drawn anew in each epoch: to mirror or not."""
         first = step * self.global_batch
         epochs, offsets = np.divmod(np.arange(first, first + self.global_batch), self.size)
-        return np.concatenate([self._permutation(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
+        indices, coins = [], []
+        for epoch in np.unique(epochs):
+            self._draw(int(epoch))
+            indices.append(self._permutation[offsets[epochs == epoch]])
+            coins.append(self._coins[indices[-1]])
+        return np.concatenate(indices), np.concatenate(coins)
 
 
 class LatentBatch(NamedTuple):
@@ -185,23 +345,28 @@ class LatentBatch(NamedTuple):
     moments: torch.Tensor  # (B, 2C, h, w) mean and std, in the dtype they are stored in
     labels: torch.Tensor  # (B,) int64
     indices: torch.Tensor  # (B,) int64, which samples of the dataset these are
+    mirrored: torch.Tensor  # (B,) bool, whether moments and images are those of the mirror image
+    images: torch.Tensor | None = None  # (B, H, W, 3) uint8, where asked for
 
 
-def _indices_of_process(
+def _parts_of_process(
     order: DataOrder, start_step: int, rank: int, world: int, micro_batches: int
-) -> Iterator[np.ndarray]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Indices and coins of every micro-batch of one process."""
     for step in itertools.count(start_step):
-        yield from np.split(order.batch(step), world * micro_batches)[rank * micro_batches :][:micro_batches]
+        parts = (np.split(array, world * micro_batches) for array in order.batch_and_coins(step))
+        yield from list(zip(*parts, strict=True))[rank * micro_batches :][:micro_batches]
 
 
 def latent_batches(
-    data: PackedLatents,
+    data: PackedLatents | FileLatents | DeviceLatents,
     order: DataOrder,
     start_step: int = 0,
     rank: int = 0,
     world: int = 1,
     num_workers: int = 0,
     micro_batches: int = 1,
+    with_images: bool = False,
 ) -> Iterator[LatentBatch]:
     """Endless batches of process `rank` of `world`, beginning with those of optimizer step `start_step`.
 
@@ -209,10 +374,12 @@ def latent_batches(
     batch is cut in contiguous parts: micro-batch m of process r is part r * micro_batches + m, so what the
     step trains on depends on neither processes, nor accumulation, nor workers. `num_workers` threads read ahead
     (0: nothing is read ahead); threads suffice, as NumPy gathers without holding the interpreter, and unlike
-    processes they need not copy each batch to another. Batches lie in pinned memory where there is a GPU.
+    processes they need not copy each batch to another. Batches lie in pinned memory where there is a GPU. If the
+    dataset has mirror images, each visit of a sample takes one or the other, as the order's coin says. `with_images`
+    adds pixels.
 
-    Raises `UserError` if the global batch does not divide evenly, or `order` is for another number of
-    samples.
+    Raises `UserError` if the global batch does not divide evenly, `order` is for another number of samples, or
+    the dataset has no images though they are asked for.
     """
     if order.size != len(data):
         raise UserError(f"the data order is for {order.size} samples, but the dataset has {len(data)}")
@@ -221,22 +388,29 @@ def latent_batches(
             f"batch size {order.global_batch} is not divisible by {world} processes x {micro_batches} "
             "accumulation steps: change --batch-size or --gradient-accumulation-steps"
         )
-    indices = _indices_of_process(order, start_step, rank, world, micro_batches)
+    if with_images and not data.has_images:
+        raise UserError(f"{data.path} holds no images: encode or pack it with the images, or train without them")
+    parts = _parts_of_process(order, start_step, rank, world, micro_batches)
     pin = torch.cuda.is_available()
 
-    def read(indices: np.ndarray) -> LatentBatch:
-        tensors = map(torch.from_numpy, (*data.gather(indices), indices))
-        return LatentBatch(*(tensor.pin_memory() if pin else tensor for tensor in tensors))
+    def read(part: tuple[np.ndarray, np.ndarray]) -> LatentBatch:
+        indices, coins = part
+        mirrored = coins & data.has_flips
+        arrays = [*data.gather(indices, mirrored), indices, mirrored]
+        if with_images:
+            arrays.append(data.gather_images(indices, mirrored))
+        tensors = map(torch.as_tensor, arrays)
+        return LatentBatch(*(tensor.pin_memory() if pin and not tensor.is_cuda else tensor for tensor in tensors))
 
-    return _read_ahead(read, indices, num_workers) if num_workers else map(read, indices)
+    return _read_ahead(read, parts, num_workers) if num_workers else map(read, parts)
 
 
 def _read_ahead(
-    read: Callable[[np.ndarray], LatentBatch], indices: Iterator[np.ndarray], num_workers: int
+    read: Callable[[tuple], LatentBatch], parts: Iterator[tuple], num_workers: int
 ) -> Iterator[LatentBatch]:
-    """`map(read, indices)`, endless, with two batches a thread under way or waiting."""
+    """`map(read, parts)`, endless, with two batches a thread under way or waiting."""
     with ThreadPoolExecutor(num_workers, "latents") as pool:
-        ahead = deque(pool.submit(read, next(indices)) for _ in range(2 * num_workers))
+        ahead = deque(pool.submit(read, next(parts)) for _ in range(2 * num_workers))
         while True:
             yield ahead.popleft().result()
-            ahead.append(pool.submit(read, next(indices)))
+            ahead.append(pool.submit(read, next(parts)))

@@ -1,67 +1,35 @@
-"""Writes the packed form of a dataset (described in `dataset.py`), each file complete or not there at all."""
+"""Writes the packed form of a dataset (described in `dataset.py`), so that a killed command goes on where it was.
+
+Samples are made in units of 512, by any number of processes, and at the end put together to the large files. In the
+making, the dataset's folder holds besides its finished files
+
+    unfinished/job.json              what is being made: the manifest but for the shards
+    unfinished/unit-00012.npy        samples 12 * 512 to 13 * 512, complete
+    unfinished/all-units             an empty file: all units are there, and may now be moved to shards one by one
+    unfinished/moments-00000.json    checksums of a shard that is being finished
+
+and the manifest, written last, turns it into a dataset. A file under its own name is always complete.
+"""
 
 import hashlib
 import io
 import json
-import os
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import shutil
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from dataset import FORMAT, FORMAT_VERSION, MANIFEST
+from dataset import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest
 from errors import UserError
+from file_layout import load_npy
+from preprocessing.destination import write_file, written_aside
 
 SHARD_BYTES = 2**31  # few files, yet each is quick to copy and to check
-UNFINISHED = re.compile(r"(moments-\d+\.npy|labels\.npy|names\.json)(\.partial)?|dataset\.json\.partial")
-
-
-class _HashedFile:
-    """A binary file that knows the SHA-256 of what was written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sha256 = file, hashlib.sha256()
-
-    def write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._sha256.update(content)
-
-    def hexdigest(self) -> str:
-        return self._sha256.hexdigest()
-
-
-@contextmanager
-def _written_aside(place: Path) -> Iterator[_HashedFile]:
-    """Write `place` under another name beside it; it appears under its own only once all of it is on disk."""
-    aside = place.with_name(place.name + ".partial")
-    try:
-        with aside.open("wb") as file:
-            yield _HashedFile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(place)
-    except OSError as error:
-        raise UserError(f"cannot write {place} ({error}): free space or change --dest") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write(place: Path, content: bytes) -> None:
-    with _written_aside(place) as file:
-        file.write(content)
-
-
-def _names_bytes(names: list[str]) -> bytes:
-    return json.dumps(names, ensure_ascii=False).encode()
-
-
-def _labels_bytes(labels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, labels.astype(np.int64), allow_pickle=False)
-    return buffer.getvalue()
+UNIT_ROWS = 512  # what a kill costs at most, in each process
 
 
 def packed_manifest(
@@ -73,12 +41,15 @@ def packed_manifest(
     latent_shape: tuple[int, int, int],
     dtype: str,
     vae: str,
-    vae_sha256: str,
+    vae_sha256: str | None,
     scaling_factor: float,
+    flip: bool = False,
+    images: bool = False,
 ) -> dict[str, Any]:
-    """The manifest of a packed dataset, but for its shards: all that is known before the first latent.
+    """The manifest of a packed dataset, but for its shards and checksums: all that is known before the first latent.
 
-    `latent_shape` is (2C, h, w), of the moments; `dtype` "float16" or "float32".
+    `latent_shape` is (2C, h, w), of the moments; `dtype` "float16" or "float32". With `flip` each sample has the
+    mirrored image's moments too, with `images` the uint8 pixels.
     """
     return {
         "format": FORMAT,
@@ -90,12 +61,157 @@ def packed_manifest(
         "pixel_range": [-1, 1],
         "latent_shape": list(latent_shape),
         "dtype": dtype,
+        "flip": flip,
+        "images": images,
         "vae": vae,
         "vae_sha256": vae_sha256,
         "scaling_factor": scaling_factor,
-        "labels": {"file": "labels.npy", "sha256": hashlib.sha256(_labels_bytes(labels)).hexdigest()},
-        "names": {"file": "names.json", "sha256": hashlib.sha256(_names_bytes(names)).hexdigest()},
+        "labels": {"file": "labels.npy", "sha256": hashlib.sha256(_npy(labels.astype(np.int64))).hexdigest()},
+        "names": {"file": "names.json", "sha256": hashlib.sha256(_json(names)).hexdigest()},
     }
+
+
+class PackedJob:
+    """A packed dataset in the making, in folder `dest`; several processes may have it open.
+
+    `begin` makes or continues one, `join` opens the one that another process began. Each process writes the units
+    that are `left` for it; after all have, one calls `finish`.
+    """
+
+    def __init__(self, dest: str | Path) -> None:
+        self.dest = Path(dest)
+        self.work = self.dest / "unfinished"
+        job = json.loads((self.work / "job.json").read_text(encoding="utf-8"))
+        self.manifest: dict[str, Any] = job["manifest"]
+        self.unit_rows: int = job["unit_rows"]
+        self.names: list[str] = json.loads((self.dest / "names.json").read_text(encoding="utf-8"))
+        self.row_type = row_type(self.manifest)
+
+    @classmethod
+    def begin(
+        cls, dest: str | Path, manifest: dict[str, Any], names: list[str], labels: np.ndarray
+    ) -> "PackedJob | None":
+        """The job of making what `manifest` (from `packed_manifest`) says, new or continued; None if it is done.
+
+        Raises `UserError` if `dest` holds something else, finished or not: it is left as it is.
+        """
+        dest = Path(dest)
+        work, job = dest / "unfinished", dest / "unfinished" / "job.json"
+        if dest.exists() and not dest.is_dir():
+            raise UserError(f"{dest} is a file, expected a folder: change --dest")
+        if (dest / MANIFEST).is_file():
+            _check_same(manifest, read_manifest(dest), dest, "complete dataset")
+            shutil.rmtree(work, ignore_errors=True)  # where the kill came between the manifest and this
+            return None
+        if job.is_file():
+            _check_same(
+                manifest, json.loads(job.read_text(encoding="utf-8"))["manifest"], dest, "dataset in the making"
+            )
+        else:
+            for file in sorted(dest.iterdir()) if dest.exists() else ():
+                if file != work:
+                    raise UserError(f"{dest} holds {file.name}, which no unfinished dataset does: change --dest")
+            try:
+                work.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make folder {dest} ({error.strerror}): change --dest") from error
+            write_file(job, _json({"unit_rows": UNIT_ROWS, "manifest": manifest}))
+        write_file(dest / "names.json", _json(names), work)
+        write_file(dest / "labels.npy", _npy(labels.astype(np.int64)), work)
+        return cls(dest)
+
+    @classmethod
+    def join(cls, dest: str | Path) -> "PackedJob | None":
+        """The job that another process has begun in `dest`; None if it is done."""
+        return None if (Path(dest) / MANIFEST).is_file() else cls(dest)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _unit_file(self, unit: int) -> Path:
+        return self.work / f"unit-{unit:05d}.npy"
+
+    def left(self, rank: int = 0, world: int = 1) -> list[int]:
+        """The units that process `rank` of `world` has to write still."""
+        if (self.work / "all-units").exists():
+            return []
+        units = range(rank, -(-len(self) // self.unit_rows), world)
+        return [unit for unit in units if not self._unit_file(unit).exists()]
+
+    def rows_of(self, unit: int) -> range:
+        """The samples of a unit."""
+        return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, len(self)))
+
+    def write_unit(self, unit: int, moments: np.ndarray, images: np.ndarray | None = None) -> None:
+        """Write one unit: moments (n, 2C, h, w), with flips (n, 2, 2C, h, w), and uint8 images (n, H, W, 3).
+
+        Raises `UserError` if moments are not finite in the stored dtype, naming the sample, or at a full disk.
+        """
+        rows = np.empty(len(self.rows_of(unit)), self.row_type)
+        with np.errstate(over="ignore"):  # reported just below, with the sample's name
+            rows["moments"] = moments.reshape(rows["moments"].shape)
+        finite = np.isfinite(rows["moments"]).reshape(len(rows), -1).all(axis=1)
+        if not finite.all():
+            raise UserError(
+                f"the moments of {self.names[self.rows_of(unit)[int(finite.argmin())]]} are not finite in "
+                f"{self.manifest['dtype']}: give --dtype float32, or another --vae"
+            )
+        if images is not None:
+            rows["images"] = images
+        write_file(self._unit_file(unit), _npy(rows))
+
+    def finish(self, shard_rows: int | None = None) -> None:
+        """Put the units together to shards of `shard_rows` samples (by default of 2 GiB), then write the manifest."""
+        unwritten = self.left()
+        if unwritten:
+            raise ValueError(f"units {unwritten[:5]}... are not written yet")
+        write_file(self.work / "all-units", b"")
+        manifest, checksums = dict(self.manifest), []
+        with tqdm(total=len(self.row_type.names) * len(self), desc="write shards", unit="row") as bar:
+            for field in self.row_type.names:
+                shards = self._finish_field(field, shard_rows, bar)
+                manifest["shards" if field == "moments" else "image_shards"] = [
+                    {key: shard[key] for key in ("file", "count", "sha256")} for shard in shards
+                ]
+                checksums.append([checksum for shard in shards for checksum in shard["crc32"]])
+        content = _npy(np.array(checksums, np.uint32).T)
+        manifest["checksums"] = {"file": "checksums.npy", "sha256": hashlib.sha256(content).hexdigest()}
+        write_file(self.dest / "checksums.npy", content, self.work)
+        write_file(self.dest / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode(), self.work)
+        shutil.rmtree(self.work)
+
+    def _finish_field(self, field: str, shard_rows: int | None, bar: tqdm) -> list[dict[str, Any]]:
+        """All shards of one field, with their checksums."""
+        shard_rows = shard_rows or max(1, SHARD_BYTES // self.row_type[field].itemsize)
+        shards = []
+        for number, first in enumerate(range(0, len(self), shard_rows)):
+            place = self.dest / f"{field}-{number:05d}.npy"
+            record = self.work / f"{place.stem}.json"
+            rows = range(first, min(first + shard_rows, len(self)))
+            if not place.exists():
+                self._write_shard(field, rows, place, record)
+            if field == self.row_type.names[-1]:  # whatever lies wholly before the next shard is in its place now
+                for unit in range(first // self.unit_rows, -(-rows.stop // self.unit_rows)):
+                    if self.rows_of(unit).stop <= rows.stop:
+                        self._unit_file(unit).unlink(missing_ok=True)
+            shards.append(json.loads(record.read_text()))
+            bar.update(len(rows))
+        return shards
+
+    def _write_shard(self, field: str, rows: range, place: Path, record: Path) -> None:
+        """Write samples `rows` of a field to `place`; their checksums go to `record`, before `place` is there."""
+        checksums = []
+        with written_aside(place, self.work) as shard:
+            shard.write(shard_header(self.manifest, field, len(rows)))
+            for unit in range(rows.start // self.unit_rows, -(-rows.stop // self.unit_rows)):
+                unit_rows = self.rows_of(unit)
+                here = slice(max(rows.start - unit_rows.start, 0), rows.stop - unit_rows.start)
+                units = load_npy(self._unit_file(unit), f"delete {self.dest} and begin again")
+                content = np.ascontiguousarray(units[field][here])
+                checksums += [zlib.crc32(row) for row in content]
+                shard.write(content.data)
+            entry = {"file": place.name, "count": len(rows), "sha256": shard.hexdigest(), "crc32": checksums}
+            write_file(record, _json(entry))
 
 
 def write_packed(
@@ -106,76 +222,57 @@ def write_packed(
     labels: np.ndarray,
     shard_rows: int | None = None,
 ) -> None:
-    """Write a packed dataset to folder `dest`, in place of an unfinished one; the manifest comes last.
+    """Write a packed dataset without images to folder `dest` from moments that are at hand.
 
     `manifest` is from `packed_manifest`, for these `names` and `labels` ((N,) ints). `batches` yields the
-    moments (n, 2C, h, w) in order, N rows in all, in any portions; they are stored in the manifest's dtype.
-    `shard_rows` is the number of samples in a shard, by default about 2 GiB of them.
-
-    Raises `UserError` if `dest` holds other files, or if moments are not finite in the stored dtype.
+    moments in order, N samples in all, in any portions.
     """
-    dest, dtype = Path(dest), np.dtype(manifest["dtype"])
-    row_shape = tuple(manifest["latent_shape"])
-    shard_rows = shard_rows or max(1, SHARD_BYTES // (dtype.itemsize * int(np.prod(row_shape))))
-    _clear_unfinished(dest)
-    pieces = _pieces_within_shards(batches, row_shape, dtype, shard_rows, names)
-    shards = []
-    for first in range(0, len(names), shard_rows):
-        file = f"moments-{len(shards):05d}.npy"
-        count = min(shard_rows, len(names) - first)
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (count, *row_shape)}
-        with _written_aside(dest / file) as shard:
-            np.lib.format.write_array_header_1_0(shard, header)
-            written = 0
-            while written < count:
-                rows = next(pieces)
-                shard.write(rows.tobytes())
-                written += len(rows)
-        shards.append({"file": file, "count": count, "sha256": shard.hexdigest()})
-    for rows in pieces:
-        raise ValueError(f"moments of {len(rows)} samples more than the {len(names)} names")
-    _write(dest / "labels.npy", _labels_bytes(labels))
-    _write(dest / "names.json", _names_bytes(names))
-    _write(dest / MANIFEST, json.dumps(manifest | {"shards": shards}, indent=2, ensure_ascii=False).encode())
+    job = PackedJob.begin(dest, manifest, names, labels)
+    if job is None:
+        return
+    moments = np.concatenate(list(batches))
+    if len(moments) != len(names):
+        raise ValueError(f"moments of {len(moments)} samples given for {len(names)} names")
+    for unit in job.left():
+        rows = job.rows_of(unit)
+        job.write_unit(unit, moments[rows.start : rows.stop])
+    job.finish(shard_rows)
 
 
-def _pieces_within_shards(
-    batches: Iterable[np.ndarray],
-    row_shape: tuple[int, ...],
-    dtype: np.dtype,
-    shard_rows: int,
-    names: list[str],
-) -> Iterator[np.ndarray]:
-    """The batches in the stored dtype, cut so that no piece reaches across the end of a shard."""
-    done = 0
-    for batch in batches:
-        if batch.shape[1:] != row_shape:
-            raise ValueError(f"moments of shape {batch.shape[1:]} given, the manifest says {row_shape}")
-        with np.errstate(over="ignore"):  # reported just below, with the image's name
-            rows = batch.astype(dtype)
-        finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
-        if not finite.all():
+def row_type(manifest: dict[str, Any]) -> np.dtype:
+    """One sample in a unit: moments of one or two views, and pixels if there are any."""
+    views = 2 if manifest["flip"] else 1
+    fields = [("moments", np.dtype(manifest["dtype"]), (views, *manifest["latent_shape"]))]
+    if manifest["images"]:
+        fields.append(("images", np.dtype(np.uint8), (manifest["resolution"], manifest["resolution"], 3)))
+    return np.dtype(fields)
+
+
+def shard_header(manifest: dict[str, Any], field: str, count: int) -> bytes:
+    """What comes before the rows in a shard of `count` samples."""
+    field_type = row_type(manifest)[field]
+    row_shape = field_type.shape if field != "moments" or manifest["flip"] else field_type.shape[1:]
+    buffer = io.BytesIO()
+    header = {"descr": field_type.base.str, "fortran_order": False, "shape": (count, *row_shape)}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+def _check_same(wanted: dict[str, Any], found: dict[str, Any], dest: Path, what: str) -> None:
+    """Raise `UserError` if `dest` holds something other than what was asked for."""
+    for key in wanted:
+        if key != "vae" and found.get(key) != wanted[key]:  # a VAE's path may differ: its checksum decides
             raise UserError(
-                f"the moments of {names[done + int(finite.argmin())]} are not finite in {dtype}: "
-                "give --dtype float32, or another --vae"
+                f"{dest} holds a {what}, but with {key} {str(found.get(key))[:80]}, where this command makes "
+                f"{str(wanted[key])[:80]}: delete it or change --dest"
             )
-        while len(rows):
-            room = shard_rows - done % shard_rows
-            yield rows[:room]
-            done += len(rows[:room])
-            rows = rows[room:]
-    if done != len(names):
-        raise ValueError(f"moments of {done} samples given for {len(names)} names")
 
 
-def _clear_unfinished(dest: Path) -> None:
-    """Make folder `dest` ready: create it, or empty it of what an encoding that was cut short left there."""
-    if dest.exists() and not dest.is_dir():
-        raise UserError(f"{dest} is a file, expected a folder: change --dest")
-    dest.mkdir(parents=True, exist_ok=True)
-    leftovers = sorted(dest.iterdir())
-    for file in leftovers:
-        if not UNFINISHED.fullmatch(file.name):
-            raise UserError(f"{dest} holds {file.name}, not left by an unfinished encoding: change --dest")
-    for file in leftovers:
-        file.unlink()
+def _json(content: object) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

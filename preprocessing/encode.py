@@ -1,0 +1,164 @@
+"""Images -> packed VAE moments, on one device or on many."""
+
+import hashlib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from errors import UserError
+from file_layout import FileStore
+from models.vae import encode_moments, load_vae
+from preprocessing.destination import only_writer
+from preprocessing.images import SourceImages, list_images, read_image
+from preprocessing.packed_writer import PackedJob, packed_manifest
+from preprocessing.processes import Processes, joined_processes
+from preprocessing.workers import end_with_parent
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+def encode(
+    source: str | Path,
+    dest: str | Path,
+    vae_name: str,
+    dtype: str = "float16",
+    batch_size: int = 64,
+    device: str = "cpu",
+    num_workers: int = 2,
+    flip: bool = False,
+    with_images: bool = False,
+    shard_rows: int | None = None,
+) -> None:
+    """Encode the images in `source` (folder or zip) to packed latents in `dest`, or go on where that was stopped.
+
+    `flip` stores the moments of the mirror images too, `with_images` the pixels. The VAE runs in float32 (on GPUs with
+    TF32 convolutions, as PyTorch does by default) whatever the stored `dtype`. Which images share a batch depends on
+    `batch_size` alone, so that processes and interruptions do not change a bit of the result. Does nothing if all of
+    it is there already.
+
+    Raises `UserError` for a source, a VAE or images that do not fit, if `dest` holds something else or is being
+    written by another command, and for a full disk; what is written stays, and the same command continues.
+    """
+    with joined_processes() as processes:
+        leader = processes.rank == 0  # it alone walks the folders, fetches the VAE and puts the shards together
+        with only_writer(dest) if leader else nullcontext():
+            vae = None
+            if leader:
+                images = list_images(source)
+                vae = load_vae(vae_name, device=processes.own(device))
+                manifest = _manifest(images, vae, vae_name, dtype, flip, with_images)
+                PackedJob.begin(dest, manifest, images.names, images.labels)
+            processes.wait()
+            job = PackedJob.join(dest)
+            if job is not None:
+                vae = vae or load_vae(vae_name, device=processes.own(device))
+                _encode_units(job, FileStore(source), vae, batch_size, num_workers, processes)
+            processes.wait()
+            if leader and job is not None:
+                job.finish(shard_rows)
+                print(f"{dest}: {len(images.names)} samples in {len(images.class_names)} classes")
+            elif leader:
+                print(f"{dest} is complete ({len(images.names)} samples): nothing to do")
+
+
+def _manifest(
+    images: SourceImages, vae: "AutoencoderKL", vae_name: str, dtype: str, flip: bool, with_images: bool
+) -> dict:
+    resolution = images.read(0).shape[0]
+    reduction = 2 ** (len(vae.config.block_out_channels) - 1)  # 8 for the SD-VAE
+    if resolution % reduction:
+        raise UserError(f"images are {resolution} pixels high, {vae_name} needs a multiple of {reduction}: resize them")
+    return packed_manifest(
+        images.names,
+        images.labels,
+        images.class_names,
+        resolution=resolution,
+        latent_shape=(2 * vae.config.latent_channels, resolution // reduction, resolution // reduction),
+        dtype=dtype,
+        vae=vae_name,
+        vae_sha256=weights_sha256(vae),
+        scaling_factor=vae.config.scaling_factor,
+        flip=flip,
+        images=with_images,
+    )
+
+
+def weights_sha256(vae: "AutoencoderKL") -> str:
+    """Checksum of a VAE's float32 weights: tells VAEs apart whatever path they were loaded from."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def _encode_units(
+    job: PackedJob, store: FileStore, vae: "AutoencoderKL", batch_size: int, num_workers: int, processes: Processes
+) -> None:
+    """Encode what is left for this process, one unit after the other, while worker processes read ahead."""
+    units = job.left(processes.rank, processes.world)
+    batches = {
+        unit: [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+        for unit, rows in ((unit, job.rows_of(unit)) for unit in units)
+    }
+    loader = DataLoader(
+        _ImageBatches(store, job.names, job.manifest["resolution"]),
+        batch_sampler=[batch for unit in units for batch in batches[unit]],
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=end_with_parent,
+    )
+    read = iter(loader)
+    total = sum(len(job.rows_of(unit)) for unit in units)
+    with tqdm(total=total, desc=processes.label("encode"), unit="img", disable=processes.local_rank != 0) as bar:
+        for unit in units:
+            moments, pixels = [], []
+            for _ in batches[unit]:
+                batch = next(read)
+                if isinstance(batch, UserError):
+                    del read  # ends its workers; the traceback would keep them waiting
+                    raise batch
+                moments.append(_views(vae, batch, job.manifest["flip"]))
+                pixels.append(batch.numpy())
+                bar.update(len(batch))
+            images = np.concatenate(pixels) if job.manifest["images"] else None
+            job.write_unit(unit, np.concatenate(moments), images)
+
+
+def _views(vae: "AutoencoderKL", pixels: torch.Tensor, flip: bool) -> np.ndarray:
+    """Moments of images (B, H, W, 3): (B, 1, 2C, h, w) float32, or (B, 2, 2C, h, w) with their mirror images."""
+    views = [pixels, pixels.flip(2)] if flip else [pixels]
+    return torch.stack([encode_moments(vae, view) for view in views], dim=1).cpu().numpy()
+
+
+class _ImageBatches(Dataset):
+    """Batches of images, uint8 (B, resolution, resolution, 3)."""
+
+    def __init__(self, store: FileStore, names: list[str], resolution: int) -> None:
+        self.store, self.names, self.resolution = store, names, resolution
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor | UserError:
+        """A batch, or else the mistake: raised in a worker it would arrive wrapped in a traceback."""
+        try:
+            return torch.stack([self._read(self.names[i]) for i in indices])
+        except UserError as error:
+            return error
+
+    def _read(self, name: str) -> torch.Tensor:
+        pixels = read_image(self.store, name)
+        if pixels.shape[:2] != (self.resolution, self.resolution):
+            raise UserError(
+                f"{self.store.path / name} is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected "
+                f"{self.resolution} x {self.resolution}, the height of the first image: bring all to one square size"
+            )
+        return torch.from_numpy(pixels)
+
+
+def _as_it_is(batch: torch.Tensor | UserError) -> torch.Tensor | UserError:
+    return batch

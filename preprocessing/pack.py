@@ -1,0 +1,129 @@
+"""One latent file an image -> packed latents, optionally with the images they were made of."""
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from errors import UserError
+from file_layout import LABELS, SD_VAE, FileLatents
+from preprocessing.destination import only_writer
+from preprocessing.images import SourceImages, list_images, read_image
+from preprocessing.packed_writer import PackedJob, packed_manifest
+from preprocessing.workers import end_with_parent
+
+
+def pack(
+    source: str | Path,
+    dest: str | Path,
+    vae_name: str = SD_VAE,
+    dtype: str = "float16",
+    images: str | Path | None = None,
+    num_workers: int = 2,
+    shard_rows: int | None = None,
+) -> None:
+    """Pack the latents in `source`, a folder or zip of one `.npy` an image, to `dest`, or go on where that stopped.
+
+    `vae_name` is recorded as the VAE that made them, an SD-VAE in any case. Samples keep the order of their files'
+    names. `images` (folder or zip) are stored too, each with the latents of the same name; see `pairing_name`.
+
+    Raises `UserError` if files, labels and images do not belong together one to one, for a damaged file, and as
+    `encode` does for what concerns `dest`.
+    """
+    with only_writer(dest):
+        latents = FileLatents(source)
+        check_files(latents)
+        paired = None if images is None else _paired_images(latents, list_images(images))
+        manifest = packed_manifest(
+            latents.names,
+            latents.labels,
+            latents.class_names,
+            resolution=latents.manifest["resolution"],
+            latent_shape=latents.latent_shape,
+            dtype=dtype,
+            vae=vae_name,
+            vae_sha256=None,
+            scaling_factor=latents.scaling_factor,
+            images=paired is not None,
+        )
+        job = PackedJob.begin(dest, manifest, latents.names, latents.labels)
+        if job is None:
+            print(f"{dest} is complete ({len(latents)} samples): nothing to do")
+            return
+        loader = DataLoader(
+            _UnitWriter(job, latents, paired),
+            sampler=job.left(),
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=end_with_parent,
+        )
+        with tqdm(total=sum(len(job.rows_of(unit)) for unit in job.left()), desc="pack", unit="img") as bar:
+            for done in loader:
+                if isinstance(done, UserError):
+                    raise done
+                bar.update(done)
+        job.finish(shard_rows)
+        print(f"{dest}: {len(latents)} samples in {len(latents.class_names)} classes")
+
+
+def check_files(latents: FileLatents) -> None:
+    """Compare the files that are there with those that `dataset.json` lists; `UserError` names the first unequal."""
+    there = {name for name in latents.store.names() if name.endswith(".npy")}
+    for name in sorted(there ^ set(latents.names))[:1]:
+        problem = "lists no label for" if name in there else "lists a missing file,"
+        raise UserError(f"{latents.path / LABELS} {problem} {name}: make files and labels agree")
+
+
+def pairing_name(name: str) -> str:
+    """What a latent file and its image have in common: the path without suffix, and without the `-mean-std-` that
+    REPA's tool puts in the name of latents ("00000/img-mean-std-00000042.npy" is of "00000/img00000042.png")."""
+    return PurePosixPath(name).with_suffix("").as_posix().replace("img-mean-std-", "img")
+
+
+def _paired_images(latents: FileLatents, images: SourceImages) -> SourceImages:
+    """The images in the order of the latents, by name; `UserError` if one has no counterpart, or labels disagree."""
+    index_of = {pairing_name(name): index for index, name in enumerate(images.names)}
+    if len(index_of) < len(images.names):
+        raise UserError(f"{images.store.path} has several images of one name: they cannot be paired by name")
+    for name in sorted({pairing_name(name) for name in latents.names} ^ index_of.keys())[:1]:
+        having, lacking = (images.store, latents.store) if name in index_of else (latents.store, images.store)
+        raise UserError(f"{having.path} has {name}, {lacking.path} has not: images and latents must be the same")
+    order = np.array([index_of[pairing_name(name)] for name in latents.names])
+    for row in np.flatnonzero(images.labels[order] != latents.labels)[:1]:
+        raise UserError(
+            f"{latents.names[row]} has label {latents.labels[row]} in {latents.path}, but {images.labels[order[row]]} "
+            f"in {images.store.path}: make the labels agree"
+        )
+    return images._replace(names=[images.names[index] for index in order], labels=latents.labels)
+
+
+class _UnitWriter(Dataset):
+    """Item `unit` reads and writes this unit of the job, in a worker process, and is the number of its samples."""
+
+    def __init__(self, job: PackedJob, latents: FileLatents, images: SourceImages | None) -> None:
+        self.job, self.latents, self.images = job, latents, images
+
+    def __getitem__(self, unit: int) -> int | UserError:
+        rows, images = self.job.rows_of(unit), None
+        try:
+            if self.images is not None:
+                images = np.stack([self._pixels(self.images.names[row]) for row in rows])
+            self.job.write_unit(unit, self.latents.gather(np.array(rows))[0], images)
+        except UserError as error:  # raised here, it would arrive wrapped in a traceback
+            return error
+        return len(rows)
+
+    def _pixels(self, name: str) -> np.ndarray:
+        side, pixels = self.job.manifest["resolution"], read_image(self.images.store, name)
+        if pixels.shape[:2] != (side, side):
+            raise UserError(
+                f"{self.images.store.path / name} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but its latents are "
+                f"of {side} x {side}: give the images that were encoded"
+            )
+        return pixels
+
+
+def _as_it_is(item: int | UserError) -> int | UserError:
+    return item

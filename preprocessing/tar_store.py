@@ -1,0 +1,119 @@
+"""The files in a tar, and in the tars inside it: ImageNet's is a tar of one tar a class."""
+
+import tarfile
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from errors import UserError
+from file_layout import FileStore
+
+
+class _Part(NamedTuple):
+    """Where a file lies."""
+
+    tar: Path
+    first: int  # byte
+    size: int
+
+
+_Parts = dict[str, _Part | None]  # by name; None for a link or device, which holds no bytes of its own
+
+
+class TarStore:
+    """The files of tar `path`, by their names inside it; nothing is unpacked.
+
+    A tar inside stands for a folder of its name (`n01440764.tar` for `n01440764/`). So it does if `path` is a folder
+    in which tars lie. All is listed once, at the start; then it may be read from many processes.
+
+    Raises `UserError` for a tar that is compressed or damaged, and if two files go by one name.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._folder = FileStore(path) if self.path.is_dir() else None
+        if self._folder is None:
+            self._parts, self._beside = _listed(self.path), set()
+            return
+        names = self._folder.names()
+        self._parts, self._beside = {}, {name for name in names if not is_tar(name)}
+        for name in sorted(filter(is_tar, names)):
+            _merge(self._parts, _listed(self.path / name), name[: -len(".tar")], self.path)
+        for name in self._parts.keys() & self._beside:
+            raise UserError(f"{self.path}: a tar and a folder both have a file {name}: rename one of them")
+
+    def names(self) -> list[str]:
+        """All files, in no particular order."""
+        return [*self._parts, *self._beside]
+
+    def read(self, name: str) -> bytes:
+        """The content of one file; `UserError` names it if it is a link, missing or cut short."""
+        if name in self._beside:
+            return self._folder.read(name)
+        part = self._parts[name]
+        if part is None:
+            raise UserError(f"{self.path / name} is a link or device in a tar: give the file itself")
+        try:
+            with part.tar.open("rb") as file:
+                file.seek(part.first)
+                content = file.read(part.size)
+        except OSError as error:
+            raise UserError(f"{self.path / name} is damaged ({error}): copy {part.tar} again") from error
+        if len(content) != part.size:
+            raise UserError(f"{self.path / name} is cut short: copy {part.tar} again")
+        return content
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file of this name is taken for a tar."""
+    return name.lower().endswith(".tar")
+
+
+def _listed(place: Path) -> _Parts:
+    try:
+        with place.open("rb") as file:
+            return _walked(file, place, place, 0)
+    except OSError as error:
+        raise UserError(f"{place} cannot be read ({error.strerror or error}): copy it again") from error
+
+
+def _walked(file: BinaryIO, place: Path, label: Path, first: int) -> _Parts:
+    """The files of the tar in `file`, which begins at byte `first` of tar `place` and is called `label` in errors."""
+    parts, inner = {}, {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # it would keep the headers of a million files
+                name = _plain(member.name)
+                if member.islnk():
+                    parts[name] = parts.get(_plain(member.linkname))
+                elif member.isdir():
+                    continue
+                elif not member.isreg() or member.issparse():
+                    parts[name] = None
+                elif is_tar(name):
+                    inside = tar.extractfile(member)
+                    inner[name[: -len(".tar")]] = _walked(inside, place, label / name, first + member.offset_data)
+                else:
+                    parts[name] = _Part(place, first + member.offset_data, member.size)
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("a header is damaged or the end is missing")  # Python takes either for the end
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{label} is damaged or compressed ({error}): copy it again, or decompress it") from error
+    for folder, files in inner.items():
+        _merge(parts, files, folder, label)
+    return parts
+
+
+def _plain(name: str) -> str:
+    return Path(name.strip("/")).as_posix()  # "./a/b" -> "a/b"
+
+
+def _merge(parts: _Parts, more: _Parts, folder: str, label: Path) -> None:
+    """Add the files of the tar that stands for `folder`."""
+    for name, part in more.items():
+        if f"{folder}/{name}" in parts:
+            raise UserError(f"{label}: two files go by the name {folder}/{name}: rename a folder or tar")
+        parts[f"{folder}/{name}"] = part

@@ -1,0 +1,130 @@
+"""Small datasets for the tests of what makes and reads them, and processes to be killed while they make them."""
+
+import json
+import multiprocessing
+import random
+import shutil
+import signal
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+
+from preprocessing import dataset_tools
+from preprocessing.packed_writer import packed_manifest, write_packed
+
+COUNT, SHAPE = 23, (8, 2, 3)
+CLASSES = {"cat": 4, "dog": 3, "eel": 2}
+
+
+def make_vae(path, seed=0):
+    """A random AutoencoderKL of a few thousand parameters, f = 4, as the SD-VAE in all but size."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[4, 4, 8],
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.7,
+    )
+    vae.save_pretrained(path)
+    return str(path)
+
+
+def make_images(folder, classes=CLASSES):
+    """Noise images of 16 px in class folders: nine in three by default."""
+    rng = np.random.default_rng(0)
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / name / f"{index}.png")
+    return folder
+
+
+def write_dataset(dest, dtype="float16", shard_rows=10, flip=False):
+    """23 packed samples in three shards; returns the moments and labels that went in."""
+    rng = np.random.default_rng(0)
+    moments = rng.normal(size=(COUNT, 2, *SHAPE) if flip else (COUNT, *SHAPE)).astype(dtype)
+    labels = rng.integers(0, 4, COUNT)
+    names = [f"class/{index:03d}.png" for index in range(COUNT)]
+    manifest = packed_manifest(
+        names,
+        labels,
+        ["a", "b", "c", "d"],
+        resolution=16,
+        latent_shape=SHAPE,
+        dtype=dtype,
+        vae="assets/tiny",
+        vae_sha256="0" * 64,
+        scaling_factor=0.5,
+        flip=flip,
+    )
+    write_packed(dest, manifest, np.array_split(moments, 4), names, labels, shard_rows)
+    return moments, labels
+
+
+def write_files(folder, count=COUNT, shape=(8, 4, 4), dtype="float32"):
+    """The official layout: one .npy an image, named as REPA's tool does, labels in an order of their own."""
+    rng = np.random.default_rng(1)
+    labels = {}
+    for index in range(count):
+        name = f"{index // 10:05d}/img-mean-std-{index:08d}.npy"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, rng.normal(size=shape).astype(np.float16).astype(dtype))  # float16 loses nothing
+        labels[name] = int(rng.integers(0, 4))
+    (folder / "dataset.json").write_text(json.dumps({"labels": list(labels.items())[::-1]}))
+    return labels
+
+
+def contents(folder):
+    """Every file below a folder with its bytes."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def run_main(monkeypatch, *arguments):
+    """The exit code of one command line of dataset_tools."""
+    monkeypatch.setattr(sys, "argv", ["dataset_tools", *map(str, arguments)])
+    try:
+        dataset_tools.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def start(work, *arguments):
+    """Start `work(*arguments)` in a process of its own, which has all modules loaded already."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def killed_after(work, seconds):
+    """Run `work` in a process of its own and kill it -9 after some seconds; whether it had ended before."""
+    process = start(work)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
+
+
+def kill_ten_times(command, dest, whole, seconds):
+    """Kill a command -9 at ten random moments of the `seconds` it takes, and let it complete after any number of kills.
+
+    Every time it completes `dest` has to hold `whole`, what it made uninterrupted; then it begins anew.
+    """
+    moments, kills = random.Random(0), 0
+    while kills < 10:
+        if killed_after(command, moments.uniform(0, 0.7 * seconds)):
+            assert contents(dest) == whole
+            shutil.rmtree(dest)
+        else:
+            kills += 1
+    command()
+    assert contents(dest) == whole
