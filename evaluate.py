@@ -20,6 +20,7 @@ from evaluation import ImageArchive, evaluate, load_extractor
 from evaluation.features import INCEPTION_SHA256
 from evaluation.metrics import check_images
 from files import file_sha256, write_text
+from processes import usable_device
 
 TITLES = {
     "fid": "FID",
@@ -93,11 +94,7 @@ def main() -> None:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise UserError(f"--json {args.json}: expected a file name in an existing folder")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # unknown name; known, but not in this build or machine
-        raise UserError(f"--device {args.device}: not usable here; expected cpu, cuda or cuda:N") from error
+    args.device = usable_device(args.device)
 
     archives = {"reference": ImageArchive(args.reference), "samples": ImageArchive(args.samples)}
     extractor = load_extractor(args.features, args.feature_weights, args.device)

@@ -26,7 +26,7 @@ from errors import OneLineParser, UserError, exits_on_user_error
 from files import file_sha256, write_text, written_aside
 from interpolant import PATHS
 from models import DeepFlow, checkpoints
-from models.vae import SD_VAE, decode, load_vae
+from models.vae import SD_VAE, decode, load_vae, weights_sha256
 from processes import join_processes
 
 VAES = {"ema": SD_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # the official names of --vae
@@ -244,6 +244,8 @@ def load_matching_vae(args: argparse.Namespace, metadata: dict[str, Any], device
     """
     name = args.vae or metadata.get("vae", "ema")
     vae = load_vae(VAES.get(name, name), device)
+    if metadata.get("vae_sha256") not in (None, weights_sha256(vae)):
+        raise UserError(f"VAE {name} is not the one {args.ckpt} was trained with: give that one with --vae")
     scaling = metadata.get("scaling_factor", vae.config.scaling_factor)
     if not np.isclose(scaling, vae.config.scaling_factor):
         raise UserError(
@@ -313,6 +315,7 @@ def main() -> None:
         "classes": args.classes,
         "images": args.num_fid_samples,
         "vae": vae.config._name_or_path,
+        "vae_sha256": weights_sha256(vae),
         "torch": torch.__version__,
     }
     if require_same(record, npz.with_suffix(".json"), args.overwrite):

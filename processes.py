@@ -1,4 +1,4 @@
-"""Joining the processes of a run, however they were started: alone, by `accelerate launch`, or by `torchrun`."""
+"""The processes of a run, however they were started (alone, `accelerate launch`, `torchrun`), and their devices."""
 
 import os
 import sys
@@ -6,6 +6,8 @@ import sys
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+from errors import UserError
 
 
 def join_processes() -> PartialState:
@@ -23,3 +25,17 @@ def join_processes() -> PartialState:
             file=sys.stderr,
         )
     return PartialState(cpu=cpu or not torch.cuda.is_available())
+
+
+def usable_device(name: str | None) -> str:
+    """The torch device of that name; None is the GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: for a name that torch does not know, or a device that is not there.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # unknown; known, but not in this build or machine
+        raise UserError(f"--device {name}: not usable here; expected cpu, cuda or cuda:N") from error
+    return name

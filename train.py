@@ -31,7 +31,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from dataset import DataOrder, PackedLatents, latent_batches
+from dataset import DataOrder, DeviceLatents, LatentData, latent_batches, open_latents
 from errors import UserError, exits_on_user_error
 from loss import DeepFlowLoss
 from models import DeepFlow, checkpoints, create_model
@@ -54,7 +54,7 @@ class Plan:
     """A run as resolved from options, data and what an earlier run of the same name left."""
 
     run: Path
-    data: PackedLatents
+    data: LatentData
     config: dict[str, Any]  # the network's architecture
     parameters: int
     experiment: dict[str, Any]  # what a resumed run must share
@@ -150,7 +150,8 @@ def train(options: argparse.Namespace) -> bool:
     skipped = 0  # attempts at the present step that fp16 overflow has undone
     stopped = False
     with guard.stop_request() as stop, tqdm(total=total_steps, initial=step, disable=not is_main) as bar:
-        batches = latent_batches(data, order, step, rank, world, options.num_workers, accumulation)
+        source = DeviceLatents(data, device) if options.data_on_device else data
+        batches = latent_batches(source, order, step, rank, world, options.num_workers, accumulation)
 
         while step < total_steps and not stopped:
             # Data. A step that fp16 overflowed is tried again, with the same data and noise and a smaller loss scale.
@@ -254,7 +255,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
             f"--gradient-accumulation-steps {options.gradient_accumulation_steps}): use a multiple of {parts}"
         )
 
-    data = PackedLatents(options.data_dir)
+    data = open_latents(options.data_dir)
     for name, found in {"resolution": data.manifest["resolution"], "num_classes": data.num_classes}.items():
         given = getattr(options, name)
         if given not in (None, found):
@@ -285,7 +286,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
     )
 
 
-def build_network(options: argparse.Namespace, data: PackedLatents) -> DeepFlow:
+def build_network(options: argparse.Namespace, data: LatentData) -> DeepFlow:
     """The network that the options name, for the dataset's latents.
 
     Raises:
@@ -318,7 +319,7 @@ def learning_rate(options: argparse.Namespace, step: int, total_steps: int) -> f
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
-def describe_model(options: argparse.Namespace, data: PackedLatents, step: int) -> dict[str, Any]:
+def describe_model(options: argparse.Namespace, data: LatentData, step: int) -> dict[str, Any]:
     """What travels with the weights besides the architecture: all that sampling needs to know."""
     return {
         "model": options.model,
@@ -326,9 +327,10 @@ def describe_model(options: argparse.Namespace, data: PackedLatents, step: int) 
         "path_type": options.path_type,
         "resolution": options.resolution,
         "vae": data.manifest["vae"],
+        "vae_sha256": data.manifest["vae_sha256"],
         "scaling_factor": data.scaling_factor,
         "class_names": data.class_names,
-        "class_counts": np.bincount(data.labels, minlength=data.num_classes).tolist(),
+        "class_counts": data.class_counts.tolist(),
     }
 
 

@@ -5,6 +5,7 @@ pixels. The scaling factor belongs to the VAE: take it from `vae.config.scaling_
 or from a dataset's manifest.
 """
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,15 @@ def load_vae(
             f"diffusion_pytorch_model.safetensors, or a hub name such as {SD_VAE} (needs the network once)"
         ) from error
     return vae.to(device).eval().requires_grad_(False)
+
+
+def weights_sha256(vae: "AutoencoderKL") -> str:
+    """Checksum of a VAE's float32 weights: tells VAEs apart whatever path they were loaded from."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def _looks_local(source: str) -> bool:

@@ -31,7 +31,7 @@ python -m preprocessing.demo_data --dest $DATA/images
 python -m preprocessing.dataset_tools encode --source $DATA/images --dest $DATA/latents --vae assets/demo_vae
 for part in "reference.npz 1 0" "half-a.npz 2 0" "half-b.npz 2 1"; do
   set -- $part  # file, every how many-th image, from which on
-  [ -e $DATA/$1 ] || python -m preprocessing.reference --source $DATA/images --dest $DATA/$1 --every $2 --first $3
+  [ -e $DATA/$1 ] || python -m preprocessing.dataset_tools stats --source $DATA/images --dest $DATA/$1 --every $2 --first $3
 done
 
 echo "== training: SiT and DeepFlow, $STEPS steps each"

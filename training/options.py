@@ -82,7 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data-dir", required=True, help="packed latents, from preprocessing.dataset_tools encode")
+    add("--data-dir", required=True, help="packed latents, or the official release's vae-sd folder or zip")
+    add("--data-on-device", action=boolean, default=False, help="keep all latents in the device's memory")
     add("--batch-size", type=number(int, 1), default=256, help="images per optimizer step, over all processes")
     add("--num-workers", type=number(int, 0), default=4, help="threads that read batches ahead, per process")
 
