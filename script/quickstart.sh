@@ -16,8 +16,8 @@ TRAIN="--data-dir $DATA/latents --output-dir $RUNS --batch-size 64 --learning-ra
 SAMPLE="--num-fid-samples $SAMPLES --per-proc-batch-size 128 --classes data --mode ode --heun --num-steps 12
         --cfg-scale 2 --sample-dir $RESULTS --global-seed 0 --overwrite"
 
-# Threads that wait sleep rather than spin: spinning makes a step ten times slower when anything else uses a core.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# Waiting threads soon sleep: spinning, they make a step ten times slower when anything else uses a core.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}
 
 source script/environment.sh
 if [ -n "${VIRTUAL_ENV:-}" ]; then

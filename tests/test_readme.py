@@ -27,7 +27,7 @@ def test_every_flag_of_train_is_in_the_table():
 
 def test_every_flag_mentioned_exists():
     known = flags_of(options.build_parser()) | flags_of(generate.build_parser()) | flags_of(evaluate.build_parser())
-    known |= {"--source", "--dest", "--vae"}  # of preprocessing.dataset_tools
+    known |= {"--source", "--dest", "--vae", "--resolution", "--flip", "--images", "--feature-weights"}  # dataset_tools
     assert set(FLAG.findall(README)) <= known
 
 
