@@ -1,7 +1,7 @@
 """Writes the packed form of a dataset (described in `dataset.py`), so that a killed command goes on where it was.
 
-Samples are made in units of up to 512, by any number of processes, and at the end put together to the large files. In the
-making, the dataset's folder holds besides its finished files
+Samples are made in units of up to 512, by any number of processes, and at the end put together to the large files.
+In the making, the dataset's folder holds besides its finished files
 
     unfinished/job.json              what is being made: the manifest but for the shards
     unfinished/unit-00012.npy        samples 12 * 512 to 13 * 512, complete
