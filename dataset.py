@@ -234,7 +234,7 @@ class DeviceLatents:
     Raises `UserError` if they do not fit in what the device has free.
     """
 
-    def __init__(self, data: PackedLatents | FileLatents, device: str | torch.device) -> None:
+    def __init__(self, data: "LatentData", device: str | torch.device) -> None:
         self._data = data
         self.path, self.has_flips, self.has_images = data.path, data.has_flips, data.has_images
         device, views = torch.device(device), 1 + data.has_flips
@@ -270,7 +270,10 @@ class DeviceLatents:
         return self._data.gather_images(indices, mirrored)
 
 
-def open_latents(path: str | Path) -> PackedLatents | FileLatents:
+LatentData = PackedLatents | FileLatents
+
+
+def open_latents(path: str | Path) -> LatentData:
     """The latents at `path`: a packed dataset, a folder or zip of one `.npy` an image, or a folder with one of
     these as `vae-sd` or `vae-sd.zip` in it (what the official `--data-dir` names).
 
@@ -359,7 +362,7 @@ def _parts_of_process(
 
 
 def latent_batches(
-    data: PackedLatents | FileLatents | DeviceLatents,
+    data: LatentData | DeviceLatents,
     order: DataOrder,
     start_step: int = 0,
     rank: int = 0,

@@ -24,16 +24,21 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's `main`: a `UserError` becomes one line on stderr and exit code 2, without a traceback.
+    """Wrap a command's `main`: a mistake becomes one line on stderr and exit code 2, without a traceback.
 
-    Only the first process of each machine prints, so that a mistake is not repeated once per GPU.
+    A mistake is a `UserError`, or a file that the system would not open or write (its error names the file). Only the
+    first process of each machine prints, so that a mistake is not repeated once per GPU.
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
         try:
             main()
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError):
+                if error.filename is None:
+                    raise
+                error = f"{error.filename}: {error.strerror}"
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

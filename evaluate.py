@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from errors import UserError, exits_on_user_error
+from errors import OneLineParser, UserError, exits_on_user_error
 from evaluation import ImageArchive, evaluate, load_extractor
-from evaluation.features import INCEPTION_SHA256, file_sha256
+from evaluation.features import INCEPTION_SHA256
 from evaluation.metrics import check_images
+from files import file_sha256, write_text
+from processes import usable_device
 
 TITLES = {
     "fid": "FID",
@@ -33,7 +35,7 @@ PACKAGES = ("numpy", "scipy", "torch", "torch-fidelity")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("reference", type=Path, metavar="REF.npz", help="reference images or ADM reference batch")
     parser.add_argument("samples", type=Path, metavar="SAMPLES.npz", help="generated images, uint8 N x H x W x 3")
     parser.add_argument(
@@ -85,12 +87,6 @@ def report(
     }
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    aside.replace(path)
-
-
 @exits_on_user_error
 def main() -> None:
     args = build_parser().parse_args()
@@ -98,11 +94,7 @@ def main() -> None:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise UserError(f"--json {args.json}: expected a file name in an existing folder")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # unknown name; known, but not in this build or machine
-        raise UserError(f"--device {args.device}: not usable here; expected cpu, cuda or cuda:N") from error
+    args.device = usable_device(args.device)
 
     archives = {"reference": ImageArchive(args.reference), "samples": ImageArchive(args.samples)}
     extractor = load_extractor(args.features, args.feature_weights, args.device)
@@ -116,7 +108,7 @@ def main() -> None:
     for name, value in metrics.items():
         print(f"  {TITLES[name]:<24}{value:.4f}")
     if args.json:
-        write_json(args.json, report(metrics, archives, extractor, args))
+        write_text(args.json, json.dumps(report(metrics, archives, extractor, args), indent=2) + "\n")
         print(f"written to {args.json}")
 
 

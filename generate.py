@@ -3,11 +3,13 @@
     python generate.py --ckpt runs/my-run/ema.safetensors --num-fid-samples 50000 --cfg-scale 1.325
     accelerate launch generate.py ...            # the same images, on all GPUs
 
-The architecture, the path and the VAE are read from the checkpoint. Image i depends on the seed and i alone.
+The architecture, the path and the VAE are read from the checkpoint. Image i depends on the seed and i alone (with
+dopri5, on its batch too).
 """
 
 import argparse
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,16 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
 import samplers
 from errors import OneLineParser, UserError, exits_on_user_error
+from files import file_sha256, write_text, written_aside
 from interpolant import PATHS
 from models import DeepFlow, checkpoints
-from models.vae import SD_VAE, decode, load_vae
+from models.vae import SD_VAE, decode, load_vae, weights_sha256
+from processes import join_processes
 
 VAES = {"ema": SD_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # the official names of --vae
 
@@ -65,7 +68,11 @@ def generate_images(
         labels: class id of every global image number, (total,).
         settings: sampler, guidance and seed.
         indices: which of the images to make.
-        batch_size: images sampled at once; no influence on the images beyond the rounding of matrix products.
+        batch_size: images sampled at once; no influence on the images beyond the rounding of matrix products, except
+            with dopri5, whose step size a batch shares.
+
+    Raises:
+        UserError: if samples are not finite.
     """
     device = model.pos_embed.device
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
@@ -90,6 +97,8 @@ def generate_images(
                 path_type=settings.path_type,
                 step_noise=lambda _, noise=noise: noise.draw(),
             )
+            if not latents.isfinite().all():
+                raise UserError("the network's samples are not finite: the checkpoint is of a run that diverged")
             yield LabeledImages(batch, y.cpu(), decode_latents(latents.float()).cpu())
 
 
@@ -129,12 +138,10 @@ def choose_labels(
 
 def pack_npz(rows: Path, labels: np.ndarray, npz: Path) -> None:
     """Turn the `.npy` of images at `rows` into `npz` with `arr_0` (images) and `arr_1` (labels), without loading it."""
-    aside = npz.with_name(npz.name + ".part")
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with written_aside(npz) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
         archive.write(rows, "arr_0.npy")
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, labels, allow_pickle=False)
-    aside.replace(npz)
     rows.unlink()
 
 
@@ -158,9 +165,8 @@ def save_grid(images: np.ndarray, labels: np.ndarray, names: Sequence[str], png:
         draw.text((6, row * side + side // 2), name, fill="black", anchor="lm")
         for column, i in enumerate(members):
             picture.paste(Image.fromarray(images[i]), (text_width + column * side, row * side))
-    aside = png.with_name(png.name + ".part")
-    picture.save(aside, format="png")
-    aside.replace(png)
+    with written_aside(png) as aside:
+        picture.save(aside, format="png")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -181,11 +187,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--path-type", choices=list(PATHS), help="path of the checkpoint, if it does not tell (default: linear)")
     add("--resolution", type=int, help="image side in pixels, checked against the checkpoint")
     add("--vae", help="ema, mse, a local folder or a hub name (default: the checkpoint's, else ema)")
-    add("--global-seed", type=int, default=0, help="seed of labels and noise")
+    add("--global-seed", type=int, default=0, help="seed of labels and noise, below 2^64")
     add("--tf32", action=boolean, default=True, help="TF32 matrix products on GPUs that have them")
     add("--sample-dir", type=Path, default=Path("samples"), help="folder of the results")
     add("--name", help="name of the results (default: from the checkpoint and the settings)")
-    add("--overwrite", action="store_true", help="make results anew that exist already")
+    add("--overwrite", action="store_true", help="replace results of that name that were made otherwise")
     return parser
 
 
@@ -203,8 +209,12 @@ def settings_of(args: argparse.Namespace, metadata: dict[str, Any]) -> Settings:
         ("--num-steps", args.num_steps, 2 if args.mode == "sde" else 1),
         ("--global-seed", args.global_seed, 0),
     ]:
-        if value < low:
-            raise UserError(f"{flag} is {value}: give at least {low}")
+        if not low <= value < 2**64:
+            raise UserError(f"{flag} is {value}: give at least {low}, below 2^64")
+    if not math.isfinite(args.cfg_scale):
+        raise UserError(f"--cfg-scale is {args.cfg_scale}: give a number")
+    if args.name is not None and set(args.name) & set("/\\"):
+        raise UserError(f"--name {args.name!r}: give a name without folders; --sample-dir is the folder")
     if not 0 <= args.guidance_low <= args.guidance_high <= 1:
         raise UserError(
             f"--guidance-low {args.guidance_low} and --guidance-high {args.guidance_high}: "
@@ -234,6 +244,8 @@ def load_matching_vae(args: argparse.Namespace, metadata: dict[str, Any], device
     """
     name = args.vae or metadata.get("vae", "ema")
     vae = load_vae(VAES.get(name, name), device)
+    if metadata.get("vae_sha256") not in (None, weights_sha256(vae)):
+        raise UserError(f"VAE {name} is not the one {args.ckpt} was trained with: give that one with --vae")
     scaling = metadata.get("scaling_factor", vae.config.scaling_factor)
     if not np.isclose(scaling, vae.config.scaling_factor):
         raise UserError(
@@ -243,10 +255,34 @@ def load_matching_vae(args: argparse.Namespace, metadata: dict[str, Any], device
     return vae
 
 
+def require_same(record: dict[str, Any], made: Path, overwrite: bool) -> bool:
+    """Whether results stand already under a record equal to `record`, so that nothing is left to do.
+
+    Raises:
+        UserError: if other results stand there and may not be replaced, naming the first difference.
+    """
+    npz = made.with_suffix(".npz")
+    if not npz.exists():
+        return False
+    try:
+        found = json.loads(made.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    different = [key for key in record if found.get(key) != record[key]]
+    if different and not overwrite:
+        key = different[0]
+        raise UserError(
+            f"{npz} was made with {key} {found.get(key, 'unknown')}, now it is {record[key]}: "
+            "choose another --name, or --overwrite"
+        )
+    return not different
+
+
 def default_name(args: argparse.Namespace, settings: Settings, metadata: dict[str, Any]) -> str:
-    """A file name that holds all that changes the result."""
-    path = Path(args.ckpt).resolve()
-    run = path.parent.name if path.name == checkpoints.EMA_NAME else path.stem
+    """A file name that tells the results of one checkpoint apart."""
+    path = checkpoints.file_of(args.ckpt).resolve()
+    folders = [folder.name for folder in path.parents if folder.name != "checkpoints" and folder.name[:5] != "step-"]
+    run = folders[0] if path.name == checkpoints.EMA_NAME else path.stem
     steps = "" if settings.method == "dopri5" else f"{settings.num_steps}"
     parts = [run, f"step{metadata['step']}" if "step" in metadata else "", settings.method + steps]
     if settings.cfg_scale != 1:
@@ -263,16 +299,29 @@ def main() -> None:
     num_classes, class_counts = checkpoint.config["num_classes"], checkpoint.metadata.get("class_counts")
     labels = choose_labels(args.classes, args.num_fid_samples, num_classes, class_counts, settings.seed)
     npz = args.sample_dir / f"{args.name or default_name(args, settings, checkpoint.metadata)}.npz"
-    if npz.exists() and not args.overwrite:
-        print(f"made already: nothing to do (--overwrite makes them anew)\nsamples: {npz}")
-        return
 
-    process = PartialState()
+    process = join_processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     vae = load_matching_vae(args, checkpoint.metadata, process.device)
     side = checkpoint.config["input_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
     if args.resolution not in (None, side):
         raise UserError(f"--resolution {args.resolution}, but {args.ckpt} makes images of {side} px: drop the flag")
+    record = {
+        "checkpoint": str(args.ckpt),
+        "checkpoint_sha256": file_sha256(checkpoints.file_of(args.ckpt)),
+        "checkpoint_metadata": checkpoint.metadata,
+        "architecture": checkpoint.config,
+        "settings": settings._asdict(),
+        "classes": args.classes,
+        "images": args.num_fid_samples,
+        "vae": vae.config._name_or_path,
+        "vae_sha256": weights_sha256(vae),
+        "torch": torch.__version__,
+    }
+    if require_same(record, npz.with_suffix(".json"), args.overwrite):
+        if process.is_main_process:
+            print(f"made already with these settings: nothing to do\nsamples: {npz}")
+        return
     model = checkpoints.build(checkpoint, args.ckpt).to(process.device)
 
     # Each process writes its images straight into their rows of one file on disk: no process holds them all.
@@ -293,17 +342,8 @@ def main() -> None:
 
     if process.is_main_process:
         save_grid(images, labels, checkpoint.metadata.get("class_names", []), npz.with_suffix(".png"))
-        record = {
-            "checkpoint": str(args.ckpt),
-            "checkpoint_metadata": checkpoint.metadata,
-            "architecture": checkpoint.config,
-            "settings": settings._asdict(),
-            "classes": args.classes,
-            "images": args.num_fid_samples,
-            "vae": vae.config._name_or_path,
-            "torch": torch.__version__,
-        }
-        npz.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+        npz.unlink(missing_ok=True)  # never older images beside a newer record
+        write_text(npz.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
         pack_npz(rows, labels, npz)
         print(f"grid {npz.with_suffix('.png')}, settings {npz.with_suffix('.json')}\nsamples: {npz}")
 

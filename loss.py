@@ -15,6 +15,18 @@ from errors import UserError
 from interpolant import draw_times, interpolate, velocity_target
 
 
+class Draws(NamedTuple):
+    """All that is random in the loss of N samples."""
+
+    times: Tensor  # (k, N) in [0, 1], of every branch
+    noise: Tensor  # (N, C, H, W), N(0, I)
+    dropped: Tensor  # (N,) bool, labels to replace by the null class
+
+    def rows(self, rows: slice) -> "Draws":
+        """The draws of some of the samples."""
+        return Draws(self.times[:, rows], self.noise[rows], self.dropped[rows])
+
+
 class LossTerms(NamedTuple):
     """Per-sample terms, each (N,), before the weights lambda; `branch_velocity` is (k, N), before the weights beta."""
 
@@ -36,12 +48,6 @@ def branch_times(first: Tensor, branches: int, upper_bound: float, generator: to
         gap = upper_bound * torch.rand(count, generator=generator, device=device)
         times.append((times[-1] + sign * gap).clamp(0, 1))
     return torch.stack(times)
-
-
-def drop_labels(y: Tensor, null_label: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Labels (N,), each replaced by the null class with the given probability, for classifier-free guidance."""
-    dropped = torch.rand(len(y), generator=generator, device=generator.device) < probability
-    return torch.where(dropped.to(y.device), null_label, y)
 
 
 def per_sample_mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -91,11 +97,32 @@ class DeepFlowLoss:
     ) -> LossTerms:
         """Terms at times, noise and label drops drawn from `generator`: x0 (N, C, H, W), y (N,) class ids."""
         network = getattr(model, "module", model)  # data-parallel wrappers hide the network's attributes
-        first = draw_times(self.weighting, self.path_type, len(x0), generator)
-        times = branch_times(first, network.num_branches, self.tg_upper_bound, generator)
-        noise = torch.randn(x0.shape, generator=generator, device=generator.device)
-        y = drop_labels(y, network.num_classes, self.cfg_prob, generator)
-        return self.terms(model, x0, y, times.to(x0.device), noise.to(x0.device), features)
+        draws = self.draw(network.num_branches, x0.shape, generator)
+        return self.drawn_terms(model, x0, y, network.num_classes, draws, features)
+
+    def draw(self, branches: int, shape: Sequence[int], generator: torch.Generator) -> Draws:
+        """What a call draws for latents of a shape (N, C, H, W), on the generator's device.
+
+        Drawn for a whole step's batch and cut into rows, it makes the loss independent of how the batch is divided.
+        """
+        device = generator.device
+        first = draw_times(self.weighting, self.path_type, shape[0], generator)
+        times = branch_times(first, branches, self.tg_upper_bound, generator)
+        noise = torch.randn(shape, generator=generator, device=device)
+        return Draws(times, noise, torch.rand(shape[0], generator=generator, device=device) < self.cfg_prob)
+
+    def drawn_terms(
+        self,
+        model: Callable[..., Any],
+        x0: Tensor,
+        y: Tensor,
+        null_label: int,
+        draws: Draws,
+        features: Tensor | None = None,
+    ) -> LossTerms:
+        """Terms at given draws, moved to the device of `x0`; dropped labels become `null_label`."""
+        times, noise, dropped = (value.to(x0.device) for value in draws)
+        return self.terms(model, x0, torch.where(dropped, null_label, y), times, noise, features)
 
     def terms(
         self,
@@ -117,7 +144,8 @@ class DeepFlowLoss:
         target = velocity_target(self.path_type, x0, noise, times[0])
         # The target is taken at t_1, the time of the only input; on the linear path it is the same at every t_i.
         branch_velocity = torch.stack([per_sample_mse(v, target) for v in output.velocities])
-        velocity = self._betas(times) @ branch_velocity
+        # Weighted by Python numbers: a tensor made of them would make the host wait for the device.
+        velocity = sum(beta * error for beta, error in zip(self._betas(len(times)), branch_velocity, strict=True))
         acceleration = torch.zeros_like(velocity)
         for t, v, a in zip(times, output.velocities, output.accelerations, strict=False):
             acceleration = acceleration + self._acceleration_error(x0, noise, t, v, a)
@@ -130,12 +158,11 @@ class DeepFlowLoss:
         """The weighted sum that is minimised, per sample, (N,)."""
         return terms.velocity + self.acc_coeff * terms.acceleration + self.proj_coeff * terms.alignment
 
-    def _betas(self, times: Tensor) -> Tensor:
-        k = len(times)
+    def _betas(self, k: int) -> Sequence[float]:
         weights = [0.2] * (k - 1) + [1.0] if self.scale_weight is None else self.scale_weight
         if len(weights) != k:
             raise UserError(f"scale_weight has {len(weights)} entries for {k} branches: give one each (--scale-weight)")
-        return torch.tensor(weights, device=times.device, dtype=torch.promote_types(times.dtype, torch.float32))
+        return weights
 
     def _acceleration_error(self, x0: Tensor, noise: Tensor, t: Tensor, velocity: Tensor, accel: Tensor) -> Tensor:
         """Second-order Taylor step from t to the data at 0, per sample (Eq. 7); the velocity is not trained by it."""

@@ -6,7 +6,7 @@ no labels and no networks. The state is kept in float64; the velocity sees it in
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from errors import UserError
 from interpolant import score_from_velocity
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-Progress = Callable[[Iterator[int]], Iterator[int]]
 
 METHODS = ("sde", "euler", "heun", "dopri5")
 SDE_LAST_TIME = 0.04  # where the SDE's noise ends; one deterministic step covers the rest

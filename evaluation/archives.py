@@ -49,6 +49,9 @@ class ImageArchive:
             raise
         except DAMAGE as error:
             raise UserError(self._damaged(error)) from error
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            if (mean in self.statistics) != (covariance in self.statistics):
+                raise UserError(f"{self.path}: has only one of {mean} and {covariance}; expected both or neither")
         if self.shape is None and not {"mu", "sigma"} <= self.statistics.keys():
             found = ", ".join(Path(member).stem for member in members) or "nothing"
             raise UserError(

@@ -1,6 +1,5 @@
 """Feature extractors: the Inception network of ADM's evaluation, and a small one for the demo data."""
 
-import hashlib
 import io
 import json
 import pickle
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from errors import UserError
+from files import file_sha256
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "demo_features.safetensors"
@@ -130,15 +130,6 @@ def load_extractor(
         extractor = _read_demo(path)
     extractor.weights_sha256 = file_sha256(path)
     return extractor.to(device).eval().requires_grad_(False)
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _download_inception() -> Path:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
+from files import written_aside
 
 from .deepflow import DeepFlow
 from .presets import SIZES, equal_branches
@@ -38,12 +39,10 @@ def save(
     path: str | Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> None:
     """Write weights, architecture and JSON-able metadata into one safetensors file, aside and then renamed."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     header = {"format": "pt", "config": json.dumps(dict(config)), "metadata": json.dumps(dict(metadata))}
-    save_file(tensors, aside, metadata=header)
-    aside.replace(path)
+    with written_aside(path) as aside:
+        save_file(tensors, aside, metadata=header)
 
 
 def load(path: str | Path, **overrides: Any) -> DeepFlow:
@@ -62,7 +61,12 @@ def load(path: str | Path, **overrides: Any) -> DeepFlow:
 
 def build(checkpoint: Checkpoint, name: str) -> DeepFlow:
     """The network of a checkpoint that `read` returned; `name` is for the message of a mismatch."""
-    expected = shapes_of(checkpoint.config)
+    try:
+        expected = shapes_of(checkpoint.config)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} tells an architecture that this version does not know: {error}") from error
     given = {key: tuple(tensor.shape) for key, tensor in checkpoint.weights.items()}
     if given != expected:
         raise UserError(f"{name} does not fit its architecture: {describe_mismatch(expected, given)}")
@@ -73,16 +77,26 @@ def build(checkpoint: Checkpoint, name: str) -> DeepFlow:
 
 def read(path: str | Path, **overrides: Any) -> Checkpoint:
     """A checkpoint's architecture, EMA weights and metadata; see `load`."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / EMA_NAME
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: give a .safetensors, a folder with {EMA_NAME}, or an official .pt")
+    path = file_of(path)
     checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else read_official(path, overrides)
     if not checkpoint.config:
         checkpoint = checkpoint._replace(config=infer_config(checkpoint.weights, {}, overrides, str(path)))
     config = {**checkpoint.config, **{key: value for key, value in overrides.items() if value is not None}}
     return checkpoint._replace(config=config)
+
+
+def file_of(path: str | Path) -> Path:
+    """The file that a checkpoint's path means: a file itself, or a folder's `ema.safetensors`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / EMA_NAME
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give a .safetensors, a folder with {EMA_NAME}, or an official .pt")
+    return path
 
 
 def read_safetensors(path: Path) -> Checkpoint:
@@ -101,9 +115,11 @@ def read_official(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds for damaged files, and documents none of them
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} is damaged or holds more than weights and flags ({reason})") from error
+    except Exception as error:  # torch raises many kinds for damaged files, and advises to switch the safety off
+        raise UserError(
+            f"{path} is damaged, no torch file, or holds more than weights and flags: expected a .pt as the official "
+            "release writes, or a .safetensors of ours"
+        ) from error
     weights = content.get("ema", content.get("model", content)) if isinstance(content, dict) else None
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(
@@ -128,6 +144,8 @@ def infer_config(
         num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
     except KeyError as error:
         raise UserError(f"{name} is not a DeepFlow checkpoint: it has no tensor {error}") from error
+    except ValueError as error:
+        raise UserError(f"{name} is not a DeepFlow checkpoint: its patch embedding is no convolution") from error
     depth = 1 + max((int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, weights) if m), default=-1)
     gaps = 1 + max((int(m[1]) for m in map(re.compile(r"df_blocks\.(\d+)\.").match, weights) if m), default=-1)
     acc_mlp, projector = weights.get("df_blocks.0.acc_mlp.0.weight"), weights.get("projectors.0.4.weight")

@@ -5,6 +5,7 @@ pixels. The scaling factor belongs to the VAE: take it from `vae.config.scaling_
 or from a dataset's manifest.
 """
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
+PIXELS_AT_ONCE = 8 * 512 * 512  # decoding more needs tens of gigabytes with the SD-VAE
 
 
 def load_vae(
@@ -53,6 +55,15 @@ def load_vae(
             f"diffusion_pytorch_model.safetensors, or a hub name such as {SD_VAE} (needs the network once)"
         ) from error
     return vae.to(device).eval().requires_grad_(False)
+
+
+def weights_sha256(vae: "AutoencoderKL") -> str:
+    """Checksum of a VAE's float32 weights: tells VAEs apart whatever path they were loaded from."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def _looks_local(source: str) -> bool:
@@ -99,6 +110,11 @@ def sample_latents(moments: torch.Tensor, scaling_factor: float, noise: torch.Te
 
 @torch.no_grad()
 def decode(vae: "AutoencoderKL", latents: torch.Tensor) -> torch.Tensor:
-    """Latents (N, C, h, w), scaled as `sample_latents` returns them, to uint8 images (N, H, W, 3)."""
-    latents = latents.to(vae.device).float() / vae.config.scaling_factor
-    return output_to_pixels(vae.decode(latents.to(vae.dtype)).sample)
+    """Latents (N, C, h, w), scaled as `sample_latents` returns them, to uint8 images (N, H, W, 3).
+
+    Decodes a few images at a time, so that memory does not grow with N.
+    """
+    latents = (latents.to(vae.device).float() / vae.config.scaling_factor).to(vae.dtype)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    at_once = max(1, PIXELS_AT_ONCE // (factor * factor * latents.shape[-2] * latents.shape[-1]))
+    return torch.cat([output_to_pixels(vae.decode(part).sample) for part in latents.split(at_once)])

@@ -18,8 +18,6 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python preprocessing/dataset_tools.py`, as in REPA
 
 from errors import OneLineParser, UserError, exits_on_user_error
@@ -32,6 +30,7 @@ from preprocessing.pack import pack
 from preprocessing.pixels import TRANSFORMS
 from preprocessing.stats import write_reference
 from preprocessing.verify import info, verify
+from processes import usable_device
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -82,7 +81,7 @@ def _run_encode(args: argparse.Namespace) -> None:
         args.vae,
         args.dtype,
         args.batch_size,
-        args.device,
+        usable_device(args.device),
         args.num_workers,
         args.flip,
         args.images,
@@ -137,13 +136,12 @@ def _run_stats(args: argparse.Namespace) -> None:
     indices = range(args.first, len(list_images(args.source).names), args.every)
     extractor = None
     if args.features or args.feature_weights:
-        extractor = load_extractor("inception", args.feature_weights, args.device)
+        extractor = load_extractor("inception", args.feature_weights, usable_device(args.device))
     print(f"written to {write_reference(args.source, args.dest, indices, extractor)}")
 
 
 def _add_device(parse: argparse.ArgumentParser, what: str) -> None:
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parse.add_argument("--device", default=best, help=f"where {what} runs (default here: {best})")
+    parse.add_argument("--device", help=f"where {what} runs (default: cuda if there is one, else cpu)")
 
 
 def _add_dtype(parse: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ All emojis designed by OpenMoji, the open-source emoji and icon project. Licence
     python -m preprocessing.demo_data --dest data/demo/images
 """
 
-import argparse
 import io
 import json
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from errors import UserError, exits_on_user_error
+from errors import OneLineParser, UserError, exits_on_user_error
 
 CREDIT = "All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0"
 LICENCE = "CC BY-SA 4.0"
@@ -146,7 +145,7 @@ def _demo_packages() -> tuple[list, Path, Callable[..., bytes]]:
 
 @exits_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="preprocessing.demo_data", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="preprocessing.demo_data", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--dest", type=Path, default=Path("data/demo/images"), help="folder to make (default: %(default)s)"
     )

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm, trange
 
-from errors import UserError, exits_on_user_error
+from errors import OneLineParser, UserError, exits_on_user_error
 from evaluation.features import DemoFeatures
 from models import vae as latent_space
 
@@ -231,7 +231,7 @@ def corrupt(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
 
 @exits_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="preprocessing.demo_models", description="Train the small models that ship with the demo."
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -1,6 +1,5 @@
 """Images -> packed VAE moments, on one device or on many."""
 
-import hashlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from file_layout import FileStore
-from models.vae import encode_moments, load_vae
+from models.vae import encode_moments, load_vae, weights_sha256
 from preprocessing.destination import only_writer
 from preprocessing.images import SourceImages, list_images, read_image
 from preprocessing.packed_writer import PackedJob, packed_manifest
@@ -45,6 +44,8 @@ def encode(
     Raises `UserError` for a source, a VAE or images that do not fit, if `dest` holds something else or is being
     written by another command, and for a full disk; what is written stays, and the same command continues.
     """
+    if Path(vae_name).is_dir():  # the latents, and what is trained on them, are read from other folders too
+        vae_name = str(Path(vae_name).resolve())
     with joined_processes() as processes:
         leader = processes.rank == 0  # it alone walks the folders, fetches the VAE and puts the shards together
         with only_writer(dest) if leader else nullcontext():
@@ -87,15 +88,6 @@ def _manifest(
         flip=flip,
         images=with_images,
     )
-
-
-def weights_sha256(vae: "AutoencoderKL") -> str:
-    """Checksum of a VAE's float32 weights: tells VAEs apart whatever path they were loaded from."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        sha256.update(name.encode())
-        sha256.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return sha256.hexdigest()
 
 
 def _encode_units(

@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-CKPT=$1 REF=$2
+CKPT=${1:?usage: bash script/eval.sh CKPT REF.npz [flags of generate.py]}
+REF=${2:?usage: bash script/eval.sh CKPT REF.npz [flags of generate.py]}
 shift 2
 
 samples=$(bash script/launch.sh generate.py --ckpt "$CKPT" "$@" | tee >(cat >&2) | sed -n 's/^samples: //p')

@@ -6,13 +6,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from training.logging import read_metrics
+
 NAMES = {"untrained": "untrained DeepFlow", "sit": "SiT", "deepflow": "DeepFlow-2T", "real": "real vs real"}
-
-
-def read_run(folder: Path) -> list[dict]:
-    """The entries of a run's metrics.jsonl; none for a run that was not trained."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def plot(runs: dict[str, list[dict]], png: Path) -> None:
@@ -34,10 +30,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the training runs")
     parser.add_argument("--results", type=Path, required=True, help="folder of samples and metrics")
     args = parser.parse_args()
-    runs = {name: read_run(args.runs / name) for name in NAMES}
+    runs = {name: read_metrics(args.runs / name) for name in NAMES}
     print(f"\n{'':<22}{'steps':>8}{'images/s':>10}{'demo Frechet distance':>24}")
     for name, entries in runs.items():
-        steps = entries[-1]["step"] if entries else "-"
+        steps = entries[-1]["step"] if entries else "-" if name == "real" else 0
         # The first entry includes warm-up.
         speeds = sorted(entry["images_per_second"] for entry in entries[1:])
         speed = f"{speeds[len(speeds) // 2]:.0f}" if speeds else "-"

@@ -151,6 +151,13 @@ def test_other_files_are_user_errors(tmp_path, content, message):
         checkpoints.load(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("config", [{"widht": 16}, {"hidden_size": "wide"}])
+def test_architecture_of_another_version_is_a_user_error(tmp_path, model, config):
+    checkpoints.save(tmp_path / "x.safetensors", model.state_dict(), {**model.config, **config}, {})
+    with pytest.raises(UserError, match="tells an architecture that this version does not know"):
+        checkpoints.load(tmp_path / "x.safetensors")
+
+
 def test_missing_files_and_unknown_widths_are_user_errors(tmp_path, model):
     with pytest.raises(UserError, match=r"no checkpoint at .*nothing.pt"):
         checkpoints.load(tmp_path / "nothing.pt")

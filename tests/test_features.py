@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from errors import UserError
 from evaluation import extract, frechet_distance, load_extractor
-from evaluation.features import DemoFeatures, file_sha256
+from evaluation.features import DemoFeatures
 from evaluation.metrics import compare
+from files import file_sha256
 
 
 @pytest.fixture(scope="module")

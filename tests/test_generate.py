@@ -85,23 +85,56 @@ def test_seed_and_solver_change_the_images(monkeypatch, run, tmp_path):
     assert len(set(seen)) == len(settings)
 
 
-def test_existing_results_are_kept_unless_asked(monkeypatch, run, tmp_path, capsys):
-    (tmp_path / "x.npz").write_bytes(b"mine")
+def test_results_made_with_the_same_settings_are_not_made_again(monkeypatch, run, tmp_path, capsys):
     command(monkeypatch, run, tmp_path)
-    assert (tmp_path / "x.npz").read_bytes() == b"mine" and "made already" in capsys.readouterr().out
-    command(monkeypatch, run, tmp_path, "--overwrite")
-    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (8, 32, 32, 3)
+    before = (tmp_path / "x.npz").stat().st_mtime_ns
+    for flags in ([], ["--overwrite"]):
+        command(monkeypatch, run, tmp_path, *flags)
+        assert "made already" in capsys.readouterr().out
+        assert (tmp_path / "x.npz").stat().st_mtime_ns == before
 
 
-def test_default_name_holds_what_changes_the_result():
+def test_other_results_of_that_name_are_kept_unless_asked(monkeypatch, run, tmp_path, capsys):
+    command(monkeypatch, run, tmp_path)
+    before = (tmp_path / "x.npz").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, run, tmp_path, "--classes", "balanced")
+    assert "was made with classes random, now it is balanced" in capsys.readouterr().err
+    assert (tmp_path / "x.npz").read_bytes() == before
+    command(monkeypatch, run, tmp_path, "--classes", "balanced", "--overwrite")
+    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_diverged_weights_are_no_images(monkeypatch, run, tmp_path, capsys):
+    checkpoint = checkpoints.read(run)
+    weights = {key: torch.full_like(value, torch.nan) for key, value in checkpoint.weights.items()}
+    checkpoints.save(tmp_path / "nan.safetensors", weights, checkpoint.config, checkpoint.metadata)
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, run, tmp_path, "--ckpt", str(tmp_path / "nan.safetensors"))
+    assert "samples are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_default_name_holds_what_changes_the_result(run):
     parse = generate.build_parser().parse_args
     seen = set()
     for flags in ["", "--cfg-scale 2", "--cfg-scale 2 --guidance-high 0.7", "--mode ode", "--heun", "--num-steps 50",
                   "--classes balanced", "--classes 1,2", "--global-seed 3", "--num-fid-samples 9"]:  # fmt: skip
-        args = parse(["--ckpt", "runs/a/ema.safetensors", *flags.split()])
+        args = parse(["--ckpt", str(run), *flags.split()])
         seen.add(generate.default_name(args, generate.settings_of(args, {}), {"step": 5}))
     assert len(seen) == 10
-    assert "a-step5-sde250-random-n50000-seed0" in seen
+    assert f"{run.name}-step5-sde250-random-n50000-seed0" in seen
+
+
+def test_checkpoints_of_two_runs_have_two_names(run, tmp_path):
+    names = set()
+    for name in ("one", "two"):
+        folder = tmp_path / name / "checkpoints" / "step-0000005"
+        folder.mkdir(parents=True)
+        (folder / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes())
+        args = generate.build_parser().parse_args(["--ckpt", str(folder)])
+        names.add(generate.default_name(args, generate.settings_of(args, {}), {"step": 5}))
+    assert {name.split("-")[0] for name in names} == {"one", "two"}
 
 
 def test_labels():
@@ -126,6 +159,9 @@ def test_labels():
         (["--path-type", "cosine"], "--path-type cosine, but .* was trained on the linear path"),
         (["--num-steps", "1"], "--num-steps is 1: give at least 2"),
         (["--guidance-low", "0.9", "--guidance-high", "0.2"], "must be ordered"),
+        (["--cfg-scale", "nan"], "--cfg-scale is nan: give a number"),
+        (["--name", "a/b"], "--name 'a/b': give a name without folders"),
+        (["--global-seed", str(2**64)], "give at least 0, below 2"),
         (["--num-fid-samples", "0"], "--num-fid-samples is 0: give at least 1"),
         (["--vae", "no/such/folder"], "no VAE folder at no/such/folder"),
         (["--ckpt", "nothing.pt"], "no checkpoint at nothing.pt"),

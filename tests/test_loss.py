@@ -7,7 +7,7 @@ from torch.nn.functional import cosine_similarity
 
 from errors import UserError
 from interpolant import PATHS
-from loss import DeepFlowLoss, branch_times, drop_labels
+from loss import DeepFlowLoss, Draws, branch_times
 from models import DeepFlow
 
 K, N, SHAPE = 3, 4, (2, 3, 3)
@@ -105,12 +105,26 @@ def test_branch_times_stay_near_in_range_and_go_one_way():
     assert abs(gaps[0, inner].abs().mean() - 0.025) < 0.001  # u is uniform
 
 
-def test_labels_drop_to_the_null_class_at_the_given_rate():
-    y = torch.arange(20_000) % 10
-    dropped = drop_labels(y, 10, 0.1, torch.Generator().manual_seed(0))
-    assert torch.equal(dropped[dropped != 10], y[dropped != 10])
-    assert abs((dropped == 10).float().mean() - 0.1) < 0.01
-    assert torch.equal(drop_labels(y, 10, 0.0, torch.Generator()), y)
+def test_labels_drop_to_the_null_class_at_the_given_rate(case):
+    draws = DeepFlowLoss(cfg_prob=0.1).draw(K, (20_000, 1, 1, 1), torch.Generator().manual_seed(0))
+    assert abs(draws.dropped.float().mean() - 0.1) < 0.01
+    assert not DeepFlowLoss(cfg_prob=0.0).draw(K, (1000, 1, 1, 1), torch.Generator()).dropped.any()
+    seen = []
+    model = lambda x, t, y: seen.append(y) or case.output  # noqa: E731
+    draws = Draws(case.times, case.noise, torch.tensor([True, False, False, True]))
+    DeepFlowLoss().drawn_terms(model, case.x0, torch.tensor([3, 4, 5, 6]), 10, draws)
+    assert seen[0].tolist() == [10, 4, 5, 10]
+
+
+def test_draws_of_a_batch_cut_into_rows_are_the_draws_of_its_parts(case):
+    loss, parts = DeepFlowLoss(), []
+    draws = loss.draw(K, (N, *SHAPE), torch.Generator().manual_seed(3))
+    for rows in (slice(0, 1), slice(1, N)):
+        output = SimpleNamespace(**{name: [v[rows] for v in values] for name, values in vars(case.output).items()})
+        parts.append(loss.drawn_terms(lambda *_, o=output: o, case.x0[rows], case.y[rows], 3, draws.rows(rows)))
+    whole = loss.drawn_terms(lambda *_: case.output, case.x0, case.y, 3, draws)
+    assert torch.allclose(torch.cat([part.velocity for part in parts]), whole.velocity)
+    assert torch.allclose(torch.cat([part.acceleration for part in parts]), whole.acceleration)
 
 
 @pytest.mark.parametrize("df_idxs", [[], [1], [1, 2]])

@@ -1,0 +1,60 @@
+"""Starting programs on two CPU processes, as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from test_generate import run  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(processes, *command, **environment):
+    """Run a program of the repository under torchrun, without a GPU; return its stdout."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    done = subprocess.run(
+        [*torchrun, *map(str, command)],
+        cwd=ROOT,
+        env={**clean, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_processes_on_cpus_find_each_other(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from processes import join_processes\n"
+        "state = join_processes()\n"
+        "print(f'{state.process_index} of {state.num_processes}\\n', end='')\n"
+    )
+    assert sorted(launch(2, program).splitlines()) == ["0 of 2", "1 of 2"]
+    assert launch(1, program).splitlines() == ["0 of 1"]
+
+
+def test_two_processes_make_the_images_of_one(run, tmp_path):  # noqa: F811
+    for count in (1, 2):
+        flags = [
+            "--num-fid-samples",
+            7,
+            "--num-steps",
+            3,
+            "--per-proc-batch-size",
+            2,
+            "--cfg-scale",
+            2,
+            "--name",
+            count,
+        ]
+        launch(count, "generate.py", "--ckpt", run / "ema.safetensors", "--sample-dir", tmp_path, *flags)
+    one, two = (np.load(tmp_path / f"{count}.npz") for count in (1, 2))
+    assert one["arr_1"].tolist() == two["arr_1"].tolist()
+    difference = abs(one["arr_0"].astype(int) - two["arr_0"])
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3  # other batches, other rounding
+    assert {p.suffix for p in tmp_path.iterdir()} == {".npz", ".png", ".json"}

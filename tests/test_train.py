@@ -1,0 +1,449 @@
+"""The training loop: exact resume, exact accumulation, nothing non-finite applied, mistakes in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import train
+from dataset import DataOrder
+from errors import UserError
+from loss import DeepFlowLoss
+from models import checkpoints
+from preprocessing.packed_writer import packed_manifest, write_packed
+from training import options as train_options
+from training.checkpointing import saved_steps
+from training.ema import EMA
+from training.options import build_parser, parse_options
+
+ROOT = Path(train.__file__).parent
+COUNT = 23  # with batches of 8, a step in three crosses the end of an epoch
+
+# The first 20 losses of a tiny run on the CPU. They change only if the method, the initialisation or the random
+# streams change: say why in the commit.
+GOLDEN_LOSSES = [
+    1.83365, 1.59932, 1.79850, 2.10400, 1.97369, 1.89958, 1.66480, 1.74717, 1.75172, 1.55861,
+    1.62264, 1.61217, 1.87019, 1.97051, 1.71496, 1.63294, 1.61453, 1.45505, 1.51553, 1.57036,
+]  # fmt: skip
+
+
+def write_dataset(dest, std=0.1, resolution=32):
+    """23 random latents of 4 x 4 in three classes."""
+    rng = np.random.default_rng(0)
+    moments = np.concatenate([rng.normal(size=(COUNT, 4, 4, 4)), np.full((COUNT, 4, 4, 4), std)], axis=1)
+    names, labels = [f"class/{index:02d}.png" for index in range(COUNT)], rng.integers(0, 3, COUNT)
+    facts = dict(latent_shape=(8, 4, 4), dtype="float32", vae="assets/vae", vae_sha256="0" * 64, scaling_factor=0.5)
+    manifest = packed_manifest(names, labels, ["a", "b", "c"], resolution=resolution, **facts)
+    write_packed(dest, manifest, [moments.astype(np.float32)], names, labels, shard_rows=10)
+    return dest
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "packed")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def command(data, tmp_path):
+    """A function that makes a command line: tiny run `name` on the tiny data, further flags win."""
+
+    def make(*flags, name="run", steps=10):
+        tiny = ["--model", "DeepFlow-Tiny/2", "--trans-depth", "2", "--df-idxs", "1", "--batch-size", "8"]
+        where = ["--data-dir", data, "--output-dir", tmp_path, "--exp-name", name]
+        pace = ["--max-train-steps", steps, "--log-every", "2", "--num-workers", "0"]
+        rate = ["--learning-rate", "1e-3", "--ema-decay", "0.9"]
+        return [str(word) for word in (*tiny, *where, *pace, *rate, *flags)]
+
+    return make
+
+
+@pytest.fixture
+def start(command):
+    """A function that trains in this process."""
+
+    def start(*flags, name="run", steps=10):
+        finished = train.train(parse_options(command(*flags, name=name, steps=steps)))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return finished
+
+    return start
+
+
+def metrics_of(run):
+    """Entries of metrics.jsonl without the speed, which no two runs share."""
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "images_per_second"} for entry in entries]
+
+
+def assert_same_run(one, other, step=10):
+    """Weights, average, optimizer and metrics agree bit for bit."""
+    folders = [run / "checkpoints" / f"step-{step:07d}" for run in (one, other)]
+    for name in ("model.safetensors", "ema.safetensors"):
+        weights, others = (load_file(folder / name) for folder in folders)
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[key], others[key]) for key in weights), name
+    states = [torch.load(folder / "trainer.pt", weights_only=True)["optimizer"] for folder in folders]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for moments, others in zip(states[0]["state"].values(), states[1]["state"].values(), strict=True):
+        assert all(torch.equal(moments[key], others[key]) for key in moments)
+    assert metrics_of(one) == metrics_of(other)
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("flags", [(), ("--gradient-accumulation-steps", "2", "--lr-schedule", "cosine")])
+def test_ten_steps_equal_five_a_signal_and_five_more(start, tmp_path, monkeypatch, flags):
+    assert start(*flags, name="whole")
+    update = EMA.update
+
+    def interrupted(ema, model):
+        interrupted.steps += 1
+        if interrupted.steps == 5:  # in the middle of the second epoch, and of a line of the log
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(ema, model)
+
+    interrupted.steps = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(EMA, "update", interrupted)
+        assert not start(*flags, name="parts")
+    # The signal came when step 5 had looked for one already: it is seen, and the run saved, one step later.
+    assert saved_steps(tmp_path / "parts") == [6]
+    assert not (tmp_path / "parts" / "ema.safetensors").exists()
+    assert start(*flags, name="parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert load_file(tmp_path / "whole" / "ema.safetensors").keys()
+
+
+def test_ten_steps_equal_five_that_ended_and_five_more(start, tmp_path):
+    start(name="whole")
+    start(name="parts", steps=5)
+    assert [entry["step"] for entry in metrics_of(tmp_path / "parts")] == [2, 4, 5]
+    start(name="parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_steps_after_the_last_checkpoint_are_repeated_not_logged_twice(start, tmp_path, monkeypatch):
+    start(name="whole")
+    update = EMA.update
+
+    def crashing(ema, model):
+        crashing.steps += 1
+        if crashing.steps == 9:
+            raise KeyboardInterrupt
+        update(ema, model)
+
+    crashing.steps = 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(EMA, "update", crashing)
+        start("--checkpointing-steps", "5", name="parts")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert [entry["step"] for entry in metrics_of(tmp_path / "parts")] == [2, 4, 6, 8]
+    start("--checkpointing-steps", "5", name="parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_finished_run_started_again_changes_nothing(start, tmp_path):
+    start()
+    run = tmp_path / "run"
+    weights, metrics = load_file(run / "ema.safetensors"), metrics_of(run)
+    assert start()
+    again = load_file(run / "ema.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert metrics_of(run) == metrics
+
+
+def test_going_back_to_an_earlier_step_sets_later_checkpoints_aside(start, tmp_path):
+    start("--checkpointing-steps", "4", name="whole")
+    start("--checkpointing-steps", "4", name="back")
+    start("--resume-step", "4", "--checkpointing-steps", "4", name="back", steps=7)
+    assert saved_steps(tmp_path / "back") == [4, 7]
+    assert len(list((tmp_path / "back" / "checkpoints" / "superseded").iterdir())) == 2
+    start("--checkpointing-steps", "4", name="back")
+    assert_same_run(tmp_path / "whole", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--batch-size", "4"), "batch_size 8, now it is 4"),
+        (("--seed", "1"), "seed 0, now it is 1"),
+        (("--df-idxs", "[]"), r"df_idxs \[1\], now it is \[\]"),
+        (("--qk-norm",), "qk_norm False, now it is True"),
+        (("--resume", "none"), "--resume none, but"),
+        (("--resume-step", "3"), "--resume-step 3, but"),
+    ],
+)
+def test_a_contradiction_to_the_checkpoint_is_refused(start, tmp_path, flags, message):
+    start(steps=1)
+    before = (tmp_path / "run" / "options.json").read_bytes()
+    with pytest.raises(UserError, match=message):
+        start(*flags)
+    assert (tmp_path / "run" / "options.json").read_bytes() == before
+
+
+def test_rates_may_change_on_resume_and_do(start, tmp_path):
+    start(steps=1)
+    start("--adam-weight-decay", "0.1", "--adam-beta2", "0.95", "--learning-rate", "1e-4", steps=2)
+    trainer = torch.load(tmp_path / "run" / "checkpoints" / "step-0000002" / "trainer.pt", weights_only=True)
+    group = trainer["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["betas"], group["lr"]) == (0.1, (0.9, 0.95), 1e-4)
+    assert all(moments["step"] == 2 for moments in trainer["optimizer"]["state"].values())  # and the moments went on
+
+
+def test_other_data_is_refused(start, tmp_path):
+    start(steps=1)
+    with pytest.raises(UserError, match=r"data 23 samples, \w+, now it is 23 samples, \w+"):
+        start("--data-dir", write_dataset(tmp_path / "other", std=0.2))
+
+
+# ---- batches
+
+
+def test_accumulation_changes_nothing_but_memory(start, tmp_path):
+    for parts in (1, 4):
+        start("--gradient-accumulation-steps", parts, name=f"parts{parts}", steps=4)
+    whole, parts = (metrics_of(tmp_path / f"parts{n}") for n in (1, 4))
+    assert [e["loss"] for e in parts] == pytest.approx([e["loss"] for e in whole], rel=1e-5)
+    assert [e["grad_norm"] for e in parts] == pytest.approx([e["grad_norm"] for e in whole], rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [(), ("--gradient-accumulation-steps", "2", "--mixed-precision", "bf16")])
+def test_two_processes_train_save_and_resume_as_one(command, start, tmp_path, flags):
+    precise = "bf16" not in flags
+    start(*flags[2:], name="one", steps=6)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for steps in (3, 6):
+        line = [*launch, "train.py", *command(*flags, name="two", steps=steps)]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert saved_steps(tmp_path / "two") == [3, 6]
+    for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4 if precise else 0.02)
+    one, two = (load_file(tmp_path / name / "ema.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5 if precise else 2e-3)
+
+
+def test_the_first_losses_are_the_golden_ones(start, tmp_path):
+    start("--log-every", "1", steps=20)
+    losses = [entry["loss"] for entry in metrics_of(tmp_path / "run")]
+    assert losses == pytest.approx(GOLDEN_LOSSES, rel=5e-4), losses
+
+
+# ---- the guard
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(command, tmp_path, monkeypatch):
+    data = write_dataset(tmp_path / "spoilt")
+    sample = int(DataOrder(COUNT, 8, seed=0).batch(2)[0])  # its first use is in the third step
+    shard = np.load(data / f"moments-{sample // 10:05d}.npy", mmap_mode="r+")
+    shard[sample % 10] = np.nan
+    shard.flush()
+    monkeypatch.setattr(sys, "argv", ["train.py", *command("--data-dir", data, "--checkpointing-steps", "1")])
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+    message = exit.value.code  # a text: Python prints it and exits with 1
+    assert message.startswith(
+        f"error: step 2: not finite: velocity loss on rank 0, samples {sample}; acceleration loss on rank 0, samples "
+        f"{sample}; not applied, the checkpoint of step 2 is intact; "
+    )
+    assert saved_steps(tmp_path / "run") == [1, 2]
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step-0000002" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+class SteepLoss(DeepFlowLoss):
+    """A finite loss with an infinite gradient."""
+
+    def total(self, terms):
+        return super().total(terms) + 1e30 * (terms.velocity - terms.velocity.detach()) * 1e30
+
+
+def test_a_gradient_that_is_not_finite_stops_as_well(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DeepFlowLoss", SteepLoss)
+    with pytest.raises(train.NonFiniteLoss, match=r"step 0: finite loss, but gradient norm (inf|nan).*no checkpoint"):
+        start()
+    assert saved_steps(tmp_path / "run") == []
+
+
+class LossScaling(train.Accelerator):
+    """fp16's loss scaling on the CPU, in full precision, from the highest power of two."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        self.native_amp, self.state._mixed_precision = True, "fp16"
+
+    def prepare_model(self, model, **_):
+        return model
+
+
+class LargeLoss(DeepFlowLoss):
+    """Too large for that scale."""
+
+    def total(self, terms):
+        return 1024 * super().total(terms)
+
+
+def test_a_step_that_fp16_skips_is_repeated_and_moves_nothing(start, tmp_path, monkeypatch):
+    """Scales are powers of two: in full precision, all that loss scaling could change is by steps that it skips."""
+    monkeypatch.setattr(train, "DeepFlowLoss", LargeLoss)
+    start(name="plain")
+    monkeypatch.setattr(train, "Accelerator", LossScaling)
+    start(name="scaled")
+    plain, scaled = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "scaled")
+    assert len({entry["loss_scale"] for entry in scaled}) == 1 and scaled[0]["loss_scale"] < 2.0**127
+    assert [entry | {"loss_scale": 1.0} for entry in scaled] == plain
+    weights, others = (load_file(tmp_path / name / "ema.safetensors") for name in ("plain", "scaled"))
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def test_fp16_that_overflows_at_every_scale_stops(start, monkeypatch):
+    monkeypatch.setattr(train, "DeepFlowLoss", SteepLoss)
+    monkeypatch.setattr(train, "Accelerator", LossScaling)
+    with pytest.raises(train.NonFiniteLoss, match="step 0: finite loss, but gradient norm"):
+        start()
+
+
+# ---- what a run leaves
+
+
+@pytest.mark.parametrize("flags", [("--df-idxs", "[]"), ("--model", "SiT-Tiny/2", "--df-idxs"), ("--df-idxs", "[1]")])
+def test_any_number_of_branches_trains_and_leaves_a_model(start, tmp_path, flags):
+    start(*flags, steps=3)
+    branches = 2 if flags[-1] == "[1]" else 1
+    entry = metrics_of(tmp_path / "run")[-1]
+    assert sum(key.startswith("velocity_") for key in entry) == branches
+    assert (entry["acceleration"] > 0) == (branches > 1)
+    model = checkpoints.load(tmp_path / "run" / "ema.safetensors")
+    assert len(model.branches) == branches and model.config["input_size"] == 4
+    with torch.no_grad():
+        assert model.velocity(torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 3])).isfinite().all()
+
+
+def test_records(start, tmp_path):
+    start("--keep-last", "1", "--checkpointing-steps", "2", steps=5)
+    run = tmp_path / "run"
+    assert saved_steps(run) == [5]
+    record = json.loads((run / "options.json").read_text())
+    assert record["options"]["resolution"] == 32 and record["options"]["num_classes"] == 3
+    assert record["config"]["df_idxs"] == [1] and torch.__version__.startswith(record["versions"]["torch"])
+    metadata = checkpoints.read(run / "ema.safetensors").metadata
+    assert metadata["step"] == 5 and metadata["path_type"] == "linear" and metadata["vae"] == "assets/vae"
+    assert metadata["scaling_factor"] == 0.5 and metadata["class_names"] == ["a", "b", "c"]
+    assert sum(metadata["class_counts"]) == COUNT
+    entry = metrics_of(run)[-1]
+    assert entry["step"] == 5 and entry["epoch"] == pytest.approx(40 / COUNT) and entry["lr"] == 1e-3
+    total = 0.2 * entry["velocity_1"] + entry["velocity_2"] + entry["acceleration"]
+    assert entry["loss"] == pytest.approx(total, rel=1e-5)
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_zero_steps_leave_the_untrained_weights(start, tmp_path):
+    assert start(steps=0)
+    assert checkpoints.load(tmp_path / "run" / "ema.safetensors").num_branches == 2
+
+
+def test_epochs_count_passes_over_the_data(start, tmp_path):
+    start("--epochs", "2", steps=100)
+    assert saved_steps(tmp_path / "run") == [6]  # 2 x 23 / 8, rounded up
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(start, tmp_path, capsys):
+    assert start("--dry-run", "--gradient-accumulation-steps", "4")
+    out = capsys.readouterr().out
+    assert "8 = 1 processes x 4 accumulated x 2" in out and "23 images of 32 px in 3 classes" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_cosine_schedule():
+    options = parse_options(["--exp-name=x", "--data-dir=x", "--lr-schedule=cosine", "--learning-rate=2"])
+    assert [train.learning_rate(options, step, 4) for step in (0, 2, 4)] == pytest.approx([2, 1, 0])
+
+
+def test_noise_seeds_differ_between_steps_and_seeds():
+    seeds = {train.noise_seed(seed, step) for seed in range(12) for step in range(50)}
+    assert len(seeds) == 600
+
+
+# ---- the command line
+
+
+def test_every_flag_is_explained_and_read():
+    source = "".join(path.read_text() for path in (ROOT / "train.py", *(ROOT / "training").glob("*.py")))
+    for action in build_parser()._actions:
+        if action.dest != "help":
+            assert action.help, action.dest
+            assert f"options.{action.dest}" in source or action.dest in train_options.EXPERIMENT, action.dest
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("8 16", [8, 16]), ("[8,16]", [8, 16]), ("[8, 16]", [8, 16]), ("[]", []), ("", [])]
+)
+def test_branch_lists_in_either_spelling(words, expected):
+    required = ["--exp-name", "x", "--data-dir", "x"]
+    assert parse_options([*required, "--df-idxs", *words.split()]).df_idxs == expected
+    assert parse_options([*required, "--df-idxs", words]).df_idxs == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--trans-depth", "3", "--df-idxs", "2", "1"), "strictly increasing"),
+        (("--df-idxs", "5"), "must lie in 1..1"),
+        (("--df-idxs", "1.5"), "--df-idxs '1.5' given, expected integers"),
+        (("--scale-weight", "1.0"), "2 branches"),
+        (("--scale-weight", "1", "nan"), "--scale-weight"),
+        (("--model", "DiT-XL/2"), "unknown model"),
+        (("--model", "SiT-Tiny/2"), "one branch"),
+        (("--path-type", "spiral"), "--path-type"),
+        (("--weighting", "gaussian"), "--weighting"),
+        (("--batch-size", "0"), "argument --batch-size: '0' given, expected an integer"),
+        (("--batch-size", "ten"), "--batch-size"),
+        (("--gradient-accumulation-steps", "3"), "--batch-size 8 is not divisible by 3"),
+        (("--resolution", "256"), "--resolution 256 given, but the dataset"),
+        (("--num-classes", "1000"), "--num-classes 1000 given, but the dataset"),
+        (("--mixed-precision", "fp16"), "choose bf16 or no"),
+        (("--cfg-prob", "1.5"), "--cfg-prob"),
+        (("--ema-decay", "1"), "--ema-decay"),
+        (("--learning-rate", "nan"), "--learning-rate"),
+        (("--data-dir", "/nowhere"), "/nowhere"),
+        (("--exp-name", "a/b"), "--exp-name"),
+        (("--resume-step", "5"), "--resume-step 5, but"),
+        (("--ema-param", "0.9"), "unrecognized arguments: --ema-param 0.9"),
+        (("--batch", "8"), "unrecognized arguments: --batch"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(command, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["train.py", *command(*flags)])
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_has_its_own_exit_code(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *command()])
+    monkeypatch.setattr(train, "train", lambda options: False)
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+    assert exit.value.code == 143

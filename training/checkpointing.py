@@ -1,0 +1,156 @@
+"""Checkpoints from which the same command continues, on the CPU bit for bit.
+
+    RUN/checkpoints/step-0000500/
+        model.safetensors    the weights
+        ema.safetensors      their average, with the architecture in its metadata: what `generate.py` reads
+        trainer.pt           optimizer and loss-scaler state, metrics not yet logged (read with weights_only)
+        state.json           step, and the options that define the experiment
+
+A folder of that name is complete: it is written under another name, flushed to the disk, then renamed. Noise, times
+and data order are functions of seed and step, so there is no random state to keep.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from errors import UserError
+from models import checkpoints as model_files
+
+FOLDER = re.compile(r"step-(\d{7,})")
+
+
+class TrainingState(NamedTuple):
+    """All that a run continues from."""
+
+    step: int  # optimizer steps done
+    experiment: dict[str, Any]  # the options that a resumed run must share
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    trainer: dict[str, Any]  # tensors, numbers, strings and containers of them
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending."""
+    matches = (FOLDER.fullmatch(folder.name) for folder in (run / "checkpoints").glob("step-*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def save(
+    run: Path, state: TrainingState, config: dict[str, Any], metadata: dict[str, Any], keep_last: int | None
+) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep_last` (None: keep all). One process calls it.
+
+    `config` and `metadata` travel in `ema.safetensors`.
+
+    Raises:
+        UserError: if it cannot be written, for example on a full disk; earlier checkpoints are as they were.
+    """
+    final = folder_of(run, state.step)
+    partial = final.with_name(f".partial-{final.name}")
+    try:
+        for left_by_a_crash in final.parent.glob(".partial-*"):
+            shutil.rmtree(left_by_a_crash)
+        partial.mkdir(parents=True)
+        model_files.save(partial / "model.safetensors", state.model, config, metadata)
+        model_files.save(partial / "ema.safetensors", state.ema, config, metadata)
+        torch.save(state.trainer, partial / "trainer.pt")
+        summary = {"step": state.step, "experiment": state.experiment}
+        (partial / "state.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            flush_to_disk(path)
+        partial.replace(final)
+        flush_to_disk(final.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        newest = f"step {saved_steps(run)[-1]} is intact" if saved_steps(run) else "none was written before"
+        raise UserError(
+            f"the checkpoint of step {state.step} could not be written to {final.parent} ({error}); {newest}: "
+            "free space there and run the same command again"
+        ) from error
+    for step in saved_steps(run)[: -keep_last if keep_last else 0]:
+        shutil.rmtree(folder_of(run, step))
+    return final
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
+    """Read a checkpoint folder, tensors on the CPU. Nothing in it is executed.
+
+    Raises:
+        UserError: if it belongs to another experiment, naming option and both values, or is damaged.
+    """
+    try:
+        summary = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for name, given in experiment.items():
+            if (had := summary["experiment"].get(name)) != given:
+                raise UserError(
+                    f"{folder} was made with {name} {had}, now it is {given}: restore it, or choose another --exp-name"
+                )
+        return TrainingState(
+            step=summary["step"],
+            experiment=summary["experiment"],
+            model=model_files.read(folder / "model.safetensors").weights,
+            ema=model_files.read(folder / "ema.safetensors").weights,
+            trainer=torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True),
+        )
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"{folder} is damaged ({reason}): delete it, and the run resumes from the one before"
+        ) from error
+
+
+def find(run: Path, resume: str, resume_step: int | None) -> Path | None:
+    """The checkpoint to continue from, None to start anew.
+
+    Args:
+        run: the run's folder, existing or not.
+        resume: `auto` for the newest complete checkpoint, `none` to begin at step 0.
+        resume_step: an exact step; overrides `resume`.
+
+    Raises:
+        UserError: if that step was not saved, or `none` would overwrite a run.
+    """
+    steps = saved_steps(run)
+    if resume_step is not None:
+        if resume_step not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"--resume-step {resume_step}, but the checkpoints in {run} are of steps: {have}")
+        return folder_of(run, resume_step)
+    if resume == "none" and steps:
+        raise UserError(f"--resume none, but {run} has checkpoints up to step {steps[-1]}: choose another --exp-name")
+    return folder_of(run, steps[-1]) if steps else None
+
+
+def set_aside_after(run: Path, step: int) -> None:
+    """Move checkpoints later than `step` to `checkpoints/superseded`: a run taken back must not resume from them."""
+    for later in (s for s in saved_steps(run) if s > step):
+        aside = run / "checkpoints" / "superseded" / folder_of(run, later).name
+        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder_of(run, later).replace(aside)
