@@ -38,8 +38,8 @@ def encode(
 
     `flip` stores the moments of the mirror images too, `with_images` the pixels. The VAE runs in float32 (on GPUs with
     TF32 convolutions, as PyTorch does by default) whatever the stored `dtype`. Which images share a batch depends on
-    `batch_size` alone, so that processes and interruptions do not change a bit of the result. Does nothing if all of
-    it is there already.
+    `batch_size` alone, so that interruptions and the number of processes do not change a bit of the result (processes
+    with the same kind of device and number of threads). Does nothing if all of it is there already.
 
     Raises `UserError` for a source, a VAE or images that do not fit, if `dest` holds something else or is being
     written by another command, and for a full disk; what is written stays, and the same command continues.

@@ -1,7 +1,7 @@
 """Writes the packed form of a dataset (described in `dataset.py`), so that a killed command goes on where it was.
 
-Samples are made in units of 512, by any number of processes, and at the end put together to the large files. In the
-making, the dataset's folder holds besides its finished files
+Samples are made in units of up to 512, by any number of processes, and at the end put together to the large files.
+In the making, the dataset's folder holds besides its finished files
 
     unfinished/job.json              what is being made: the manifest but for the shards
     unfinished/unit-00012.npy        samples 12 * 512 to 13 * 512, complete
@@ -29,7 +29,8 @@ from file_layout import load_npy
 from preprocessing.destination import write_file, written_aside
 
 SHARD_BYTES = 2**31  # few files, yet each is quick to copy and to check
-UNIT_ROWS = 512  # what a kill costs at most, in each process
+UNIT_ROWS = 512  # what a kill costs at most, in each process,
+UNIT_BYTES = 2**26  # and what a process has in memory: fewer rows where the images are stored too
 
 
 def packed_manifest(
@@ -115,7 +116,8 @@ class PackedJob:
                 work.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot make folder {dest} ({error.strerror}): change --dest") from error
-            write_file(job, _json({"unit_rows": UNIT_ROWS, "manifest": manifest}))
+            unit_rows = max(1, min(UNIT_ROWS, UNIT_BYTES // row_type(manifest).itemsize))
+            write_file(job, _json({"unit_rows": unit_rows, "manifest": manifest}))
         write_file(dest / "names.json", _json(names), work)
         write_file(dest / "labels.npy", _npy(labels.astype(np.int64)), work)
         return cls(dest)

@@ -163,7 +163,7 @@ def test_killed_at_every_rename_the_same_command_completes(interrupted, monkeypa
 
 
 def test_a_full_disk_is_reported_and_what_is_written_stays(interrupted, tmp_path):
-    """No file may grow beyond 15,000 bytes: enough for units, too little for the first shard of images."""
+    """No file may grow beyond 7,000 bytes: enough for units, too little for the first shard of images."""
     dest, whole, command, _ = interrupted
 
     def limited():

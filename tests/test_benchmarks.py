@@ -1,0 +1,29 @@
+"""The benchmarks run, on little data; their figures are for people to read."""
+
+import json
+import sys
+
+import numpy as np
+from sample_data import contents
+
+from benchmarks import data_loading
+from dataset import PackedLatents
+
+
+def test_data_loading_measures_every_layout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data_loading, "IMAGENET", 3000)
+    flags = ["--samples", 100, "--batch-size", 16, "--num-workers", 0, "--seconds", 0.01, "--dir", tmp_path]
+    flags += ["--output", tmp_path / "figures.json"]
+    monkeypatch.setattr(sys, "argv", ["data_loading", *map(str, flags)])
+    data_loading.main()
+    results = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert len(results) == 7 and all(result["samples_per_second"] > 0 for result in results.values())
+    assert results["plain: DataLoader, np.load a file"]["times_plain"] == 1
+    assert all(name in capsys.readouterr().out for name in ["packed float16"])
+    assert list(contents(tmp_path)) == ["figures.json"]
+
+
+def test_the_sparse_dataset_is_one(tmp_path):
+    data_loading.write_sparse(tmp_path / "sparse", 300, shard_rows=128)
+    data = PackedLatents(tmp_path / "sparse")
+    assert len(data) == len(data.names) == 300 and not data.gather(np.array([0, 299]))[0].any()
