@@ -23,6 +23,7 @@ from files import written_aside
 from .deepflow import DeepFlow
 from .presets import SIZES, equal_branches
 
+HEADER = "deepflow"  # the entry of a safetensors header that holds configuration and metadata
 EMA_NAME = "ema.safetensors"  # what a folder is searched for
 HEADS_OF_WIDTH = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 
@@ -40,7 +41,8 @@ def save(
 ) -> None:
     """Write weights, architecture and JSON-able metadata into one safetensors file, aside and then renamed."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
-    header = {"format": "pt", "config": json.dumps(dict(config)), "metadata": json.dumps(dict(metadata))}
+    # One entry: safetensors writes several in random order, and equal checkpoints would differ in their bytes.
+    header = {HEADER: json.dumps({"config": dict(config), "metadata": dict(metadata)})}
     with written_aside(path) as aside:
         save_file(tensors, aside, metadata=header)
 
@@ -103,10 +105,10 @@ def read_safetensors(path: Path) -> Checkpoint:
     """A safetensors file; the config is empty if the file carries none."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get(HEADER, '{"config": {}, "metadata": {}}'))
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        return Checkpoint(json.loads(header.get("config", "{}")), weights, json.loads(header.get("metadata", "{}")))
-    except (SafetensorError, json.JSONDecodeError) as error:
+        return Checkpoint(dict(header["config"]), weights, dict(header["metadata"]))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or not safetensors ({error}): copy or download it again") from error
 
 

@@ -4,7 +4,7 @@
 # GPUS=2 takes that many. For several machines, call `accelerate launch` with your own configuration.
 set -euo pipefail
 
-GPUS=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+GPUS=${GPUS:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)}
 if [ "$GPUS" -gt 1 ]; then
   exec accelerate launch --multi_gpu --num_machines 1 --num_processes "$GPUS" \
     --mixed_precision no --dynamo_backend no "$@"

@@ -45,6 +45,10 @@ def test_our_checkpoint_round_trips_with_its_architecture(tmp_path, model):
         assert same_answer(model, loaded)
     assert checkpoints.read(path).metadata == {"step": 3, "path_type": "linear"}
     assert [p.name for p in tmp_path.iterdir()] == ["ema.safetensors"]  # nothing left aside
+    first = path.read_bytes()
+    for _ in range(5):
+        checkpoints.save(path, model.state_dict(), model.config, {"step": 3, "path_type": "linear"})
+        assert path.read_bytes() == first
 
 
 def test_half_precision_weights_load(tmp_path, model):
