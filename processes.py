@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
@@ -25,6 +27,20 @@ def join_processes() -> PartialState:
             file=sys.stderr,
         )
     return PartialState(cpu=cpu or not torch.cuda.is_available())
+
+
+@contextmanager
+def reported_by_any_process(rank: int) -> Iterator[None]:
+    """Around what may go wrong in one process alone, a damaged sample say: its `UserError` is told whichever it is.
+
+    Elsewhere only the first process of a machine tells, as all make the same mistake.
+    """
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            print(f"error: [process {rank}] {error}", file=sys.stderr, flush=True)
+        raise
 
 
 def usable_device(name: str | None) -> str:

@@ -36,7 +36,7 @@ from errors import UserError, exits_on_user_error
 from loss import DeepFlowLoss
 from models import DeepFlow, checkpoints, create_model
 from models.vae import sample_latents
-from processes import join_processes
+from processes import join_processes, reported_by_any_process
 from training import checkpointing, guard, logging
 from training.ema import EMA
 from training.options import EXPERIMENT, parse_options
@@ -156,7 +156,8 @@ def train(options: argparse.Namespace) -> bool:
         while step < total_steps and not stopped:
             # Data. A step that fp16 overflowed is tried again, with the same data and noise and a smaller loss scale.
             if skipped == 0:
-                micro_batches = [next(batches) for _ in range(accumulation)]
+                with reported_by_any_process(rank):
+                    micro_batches = [next(batches) for _ in range(accumulation)]
 
             # Noise and times. Drawn for the whole global batch, of which each part below takes its rows: loss and
             # gradients do not depend on how the batch is divided.

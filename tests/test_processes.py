@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_generate import run  # noqa: F401 - a fixture
+
+from errors import UserError
+from processes import reported_by_any_process
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +40,14 @@ def test_processes_on_cpus_find_each_other(tmp_path):
     )
     assert sorted(launch(2, program).splitlines()) == ["0 of 2", "1 of 2"]
     assert launch(1, program).splitlines() == ["0 of 1"]
+
+
+def test_a_mistake_of_one_process_is_told(monkeypatch, capsys):
+    for local_rank, told in (("0", ""), ("3", "error: [process 11] sample 5 is damaged\n")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(UserError), reported_by_any_process(11):
+            raise UserError("sample 5 is damaged")
+        assert capsys.readouterr().err == told
 
 
 def test_two_processes_make_the_images_of_one(run, tmp_path):  # noqa: F811
