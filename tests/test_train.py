@@ -18,6 +18,7 @@ from dataset import DataOrder
 from errors import UserError
 from loss import DeepFlowLoss
 from models import checkpoints
+from preprocessing.pack import pack
 from preprocessing.packed_writer import packed_manifest, write_packed
 from training import options as train_options
 from training.checkpointing import saved_steps
@@ -370,6 +371,23 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(start, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "8 = 1 processes x 4 accumulated x 2" in out and "23 images of 32 px in 3 classes" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_official_layout_packed_and_on_the_device_train_alike(start, tmp_path):
+    files, packed, rng = tmp_path / "latents" / "vae-sd", tmp_path / "packed", np.random.default_rng(0)
+    labels = []
+    for index in range(COUNT):
+        file = files / f"0000{index % 2}" / f"img-mean-std-{index:08d}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, rng.uniform(0.1, 1, (8, 4, 4)).astype(np.float32))
+        labels.append([file.relative_to(files).as_posix(), index % 3])
+    (files / "dataset.json").write_text(json.dumps({"labels": labels}))
+    pack(files, packed, dtype="float32", num_workers=0)
+    runs = {"files": ("--data-dir", files.parent), "packed": ("--data-dir", packed)}
+    runs["device"] = (*runs["packed"], "--data-on-device")
+    for name, flags in runs.items():
+        start(*flags, name=name, steps=4)
+    assert metrics_of(tmp_path / "files") == metrics_of(tmp_path / "packed") == metrics_of(tmp_path / "device")
 
 
 def test_cosine_schedule():
