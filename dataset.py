@@ -15,8 +15,10 @@ The layout of the official release, a folder or zip of one `.npy` an image with 
 through the same interface, `open_latents`, at the speed of one file a sample.
 """
 
+import hashlib
 import itertools
 import json
+import math
 import mmap
 import time
 from collections import deque
@@ -43,11 +45,43 @@ COLD_SPEED = 250e6  # bytes/s
 COLD_READS = 100
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_file(entry: object) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
+
+
+def _are_shards(entries: object) -> bool:
+    return isinstance(entries, list) and all(_is_file(entry) and _is_count(entry.get("count")) for entry in entries)
+
+
+# Key of the manifest -> whether its value is one that the readers can go on with.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "count": _is_count,
+    "num_classes": _is_count,
+    "class_names": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
+    "resolution": _is_count,
+    "latent_shape": lambda shape: isinstance(shape, list) and len(shape) == 3 and all(map(_is_count, shape)),
+    "dtype": lambda name: name in ("float16", "float32"),
+    "flip": lambda flip: isinstance(flip, bool),
+    "images": lambda images: isinstance(images, bool),
+    "vae": lambda name: isinstance(name, str),
+    "vae_sha256": lambda digest: isinstance(digest, str | None),
+    "scaling_factor": lambda factor: type(factor) in (int, float) and 0 < factor < math.inf,
+    "labels": _is_file,
+    "names": _is_file,
+    "checksums": _is_file,
+    "shards": _are_shards,
+}
+
+
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """Read the manifest of the packed dataset in folder `path`.
 
-    Raises `UserError` if the folder is missing or empty, was not finished, holds something else, or was
-    written in another version of the format.
+    Raises `UserError` if the folder is missing or empty, was not finished, holds something else, was written in
+    another version of the format, or if a value in the manifest is missing or of the wrong kind.
     """
     folder = Path(path)
     remedy = f"make it with: python -m preprocessing.dataset_tools encode --source IMAGES --dest {folder}"
@@ -69,6 +103,13 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"{file} has format version {manifest.get('version')}, this program reads {FORMAT_VERSION}: "
             "write the dataset again, to another place or after deleting this one"
         )
+    for key, fits in (FIELDS | ({"image_shards": _are_shards} if manifest.get("images") is True else {})).items():
+        if key not in manifest or not fits(manifest[key]):
+            raise UserError(f"{file} is damaged, its {key} is {str(manifest.get(key))[:80]}: copy it again; {remedy}")
+        if key.endswith("shards") and sum(shard["count"] for shard in manifest[key]) != manifest["count"]:
+            raise UserError(
+                f"{file} is damaged, its {key} do not add up to {manifest['count']}: copy it again; {remedy}"
+            )
     return manifest
 
 
@@ -81,41 +122,38 @@ class PackedLatents:
     there.
 
     Raises `UserError` for everything `read_manifest` refuses, and if a file is missing or is not what the
-    manifest says. Contents are compared with their checksums only by `dataset_tools verify`.
+    manifest says. The labels are compared with their checksum here, the rest only by `dataset_tools verify`.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(path)
-        try:
-            self.latent_shape = tuple(self.manifest["latent_shape"])
-            self.num_classes = int(self.manifest["num_classes"])
-            self.class_names = list(self.manifest["class_names"])
-            self.scaling_factor = float(self.manifest["scaling_factor"])
-            self.has_flips, self.has_images = bool(self.manifest["flip"]), bool(self.manifest["images"])
-            side, dtype = int(self.manifest["resolution"]), np.dtype(self.manifest["dtype"])
-            moments_shape = (2, *self.latent_shape) if self.has_flips else self.latent_shape
-            count = int(self.manifest["count"])
-            moments = self._open_shards("shards", count, moments_shape, dtype)
-            images = self._open_shards("image_shards", count, (side, side, 3), np.uint8) if self.has_images else None
-        except UserError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.path / MANIFEST} is damaged: {error!r}; write it again") from error
+        self.latent_shape = tuple(self.manifest["latent_shape"])
+        self.num_classes: int = self.manifest["num_classes"]
+        self.class_names: list[str] = self.manifest["class_names"]
+        self.scaling_factor = float(self.manifest["scaling_factor"])
+        self.has_flips, self.has_images = self.manifest["flip"], self.manifest["images"]
+        side, dtype = self.manifest["resolution"], np.dtype(self.manifest["dtype"])
+        moments_shape = (2, *self.latent_shape) if self.has_flips else self.latent_shape
+        moments = self._open_shards("shards", moments_shape, dtype)
+        images = self._open_shards("image_shards", (side, side, 3), np.uint8) if self.has_images else None
         self._moments = _MappedRows(moments, self.latent_shape)  # with flips, two rows a sample
         self._images = _MappedRows(images, (side, side, 3)) if self.has_images else None
-        self.labels = np.array(self._open("labels.npy", (count,), np.int64))
+        self.labels = np.array(self._open("labels.npy", (self.manifest["count"],), np.int64))
+        written = self.manifest["labels"]["sha256"]  # of all files the one whose damage would go unnoticed for ever
+        if hashlib.sha256((self.path / "labels.npy").read_bytes()).hexdigest() != written:
+            raise UserError(
+                f"{self.path / 'labels.npy'} holds other labels than were written, by its checksum in {MANIFEST}: "
+                "copy it again or write the dataset again"
+            )
         if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
             raise UserError(
                 f"{self.path / 'labels.npy'} has labels from {self.labels.min()} to {self.labels.max()}, "
                 f"but {MANIFEST} says num_classes {self.num_classes}; write the dataset again"
             )
 
-    def _open_shards(self, key: str, count: int, row_shape: tuple[int, ...], dtype: np.dtype) -> list[np.memmap]:
-        shards = [(shard["file"], int(shard["count"])) for shard in self.manifest[key]]
-        if count < 1 or sum(rows for _, rows in shards) != count:
-            raise ValueError(f"its {key} do not add up to a count of {count}")
-        return [self._open(file, (rows, *row_shape), dtype) for file, rows in shards]
+    def _open_shards(self, key: str, row_shape: tuple[int, ...], dtype: np.dtype) -> list[np.memmap]:
+        return [self._open(shard["file"], (shard["count"], *row_shape), dtype) for shard in self.manifest[key]]
 
     def _open(self, file: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
         """Memory-map one file of the folder and hold it against what the manifest promises."""
@@ -247,11 +285,13 @@ class DeviceLatents:
                 "leave them on disk"
             )
         self._moments = torch.empty((views, len(data), *data.latent_shape), dtype=moments.dtype, device=device)
-        for first in tqdm(range(0, len(data), 4096), "latents to device", unit_scale=4096, unit="img"):
-            rows = np.arange(first, min(first + 4096, len(data)))
-            for view in range(views):
-                read = data.gather(rows, np.full(len(rows), view == 1))[0]
-                self._moments[view, first : first + len(rows)] = torch.from_numpy(read)
+        with tqdm(desc="latents to device", total=len(data), unit="img") as bar:
+            for first in range(0, len(data), 4096):
+                rows = np.arange(first, min(first + 4096, len(data)))
+                for view in range(views):
+                    read = data.gather(rows, np.full(len(rows), view == 1))[0]
+                    self._moments[view, first : first + len(rows)] = torch.from_numpy(read)
+                bar.update(len(rows))
         self._moments = self._moments.flatten(0, 1)
         self._labels = torch.from_numpy(data.labels).to(device)
 

@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from functools import cached_property
@@ -18,6 +20,22 @@ LABELS = "dataset.json"
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 SD_SCALING_FACTOR = 0.18215
 SD_REDUCTION = 8  # pixels a latent
+MAX_CLASSES = 2**20  # far above any dataset's; a damaged label would have names made for all below it
+
+DAMAGE = (  # all that reading a zip raises for bytes that are not what they were, or that it cannot take
+    OSError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+)
+
+
+class BadFile(UserError):
+    """One file has no usable content, however often it is read; the others beside it may be whole."""
 
 
 class FileStore:
@@ -60,16 +78,22 @@ class FileStore:
         return names
 
     def read(self, name: str) -> bytes:
-        """The content of one file; `UserError` names it if it is missing, damaged or outside the store."""
+        """The content of one file; `UserError` names it if it is missing, unreadable or outside the store, and as
+        `BadFile` if it is damaged within the zip, encrypted, or compressed in an unknown way."""
         try:
             if not self.path.is_dir():
                 return self._opened().read(name)
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise UserError(f"{self.path} lists {name}, which lies outside it: correct its {LABELS}")
             return (self.path / name).read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        except UserError:
+            raise
+        except (KeyError, *DAMAGE) as error:
             problem = "is missing" if isinstance(error, KeyError | FileNotFoundError) else f"is damaged ({error})"
-            raise UserError(f"{self.path / name} {problem}: copy it again, or take it out of {LABELS}") from error
+            of_system = isinstance(error, KeyError) or getattr(error, "errno", None)  # a decompressor gives no number
+            raise (UserError if of_system else BadFile)(
+                f"{self.path / name} {problem}: copy it again, or take it out of {LABELS}"
+            ) from error
 
 
 def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
@@ -85,13 +109,15 @@ def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
         class_names = content.get("class_names")
         if len(label_of) != len(content["labels"]):
             raise ValueError("a file that is listed twice")
+        if not isinstance(class_names, list | None):
+            raise ValueError("class_names that are no list")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{place}: expected {{"labels": [["a/b.png", 3], ...]}}, got {error!r}') from error
     for name, label in label_of.items():
-        if type(label) is not int or label < 0:
-            raise UserError(f"{place}: label {label!r} of {name}, expected an integer from 0")
+        if type(label) is not int or not 0 <= label < MAX_CLASSES:
+            raise UserError(f"{place}: label {label!r} of {name}, expected an integer from 0, below {MAX_CLASSES}")
     if class_names is None:
         class_names = [str(label) for label in range(max(label_of.values(), default=-1) + 1)]
     if max(label_of.values(), default=-1) >= len(class_names):

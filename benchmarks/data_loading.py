@@ -88,7 +88,7 @@ def write_sparse(folder: Path, samples: int, shard_rows: int = 131_072) -> None:
         vae_sha256=None,
         scaling_factor=1.0,
     )
-    manifest["shards"] = []
+    manifest["checksums"], manifest["shards"] = {"file": "checksums.npy", "sha256": ""}, []
     for number, first in enumerate(range(0, samples, shard_rows)):
         count = min(shard_rows, samples - first)
         with (folder / f"moments-{number:05d}.npy").open("wb") as file:

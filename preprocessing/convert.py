@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import UserError
-from file_layout import LABELS, FileStore
+from file_layout import LABELS, BadFile, FileStore
 from preprocessing.destination import only_writer
 from preprocessing.growing_zip import Entry, GrowingZip
 from preprocessing.picture_source import PictureSource, list_pictures
@@ -139,11 +139,16 @@ class _Chunks(Dataset):
             name = self.images[position]
             try:
                 content, kind = self._png(name)
-            except Exception as error:  # decoders fail in every way, and one bad image must not stop the others
-                if not self.store.path.exists():
-                    return UserError(f"{self.store.path} is gone: bring it back and give the same command again")
+            except BadFile as error:
                 left_out[name] = _reason(error)
                 continue
+            except UserError as error:  # a disk that fails or is gone says nothing about the image
+                return UserError(
+                    f"{self.store.path / name} cannot be read any more ({error.__cause__ or error}): bring it back "
+                    "and give the same command again: it continues"
+                )
+            except MemoryError:
+                return UserError(f"no memory for {name}: give the same command again, with fewer --num-workers")
             kinds[kind] += 1
             results.append((output_name(position), content))
         if self.folder is not None:
@@ -155,9 +160,14 @@ class _Chunks(Dataset):
         return {"chunk": chunk, "kinds": kinds, "left_out": left_out}, results
 
     def _png(self, name: str) -> tuple[bytes, str]:
-        image, kind = read_rgb(self.store.read(name))
-        buffer = io.BytesIO()
-        TRANSFORMS[self.transform](image, self.resolution).save(buffer, "PNG", compress_level=0)
+        original, buffer = self.store.read(name), io.BytesIO()
+        try:
+            image, kind = read_rgb(original)
+            TRANSFORMS[self.transform](image, self.resolution).save(buffer, "PNG", compress_level=0)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders fail in every way, and one bad image must not stop the others
+            raise BadFile(_reason(error)) from error
         return buffer.getvalue(), kind
 
     def _write(self, results: list[tuple[str, bytes]]) -> None:

@@ -24,23 +24,30 @@ class PictureSource(NamedTuple):
 def list_pictures(path: Path) -> PictureSource:
     """List the images of a folder, zip or tar with their classes: those of its `dataset.json`, or else its folders.
 
+    A tar, and a folder in which tars lie, is read as `TarStore` says; for the rest see `list_stored`.
+    """
+    return list_stored(_open(path))
+
+
+def list_stored(store: FileStore | TarStore) -> PictureSource:
+    """List the images of a store with their classes: what `convert` and all that reads its results take for images.
+
     Folders that all images share are no classes: in `train/cat/1.png`, `train/dog/2.png` the classes are cat and dog.
     Images of one folder only are one class. Raises `UserError` if there are no images, an image lies beside the
     class folders, or `dataset.json` and the files disagree.
     """
-    store = _open(path)
     files = sorted(store.names())
     images = [name for name in files if _is_image(name)]
     if not images:
-        raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) in {path}: change --source")
+        raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) below {store.path}: change --source")
     if LABELS in files:
         files.remove(LABELS)
         labels, class_names = _listed_classes(store, images)
     else:
         for name in files:
             if name.endswith(f"/{LABELS}"):  # the folders would be taken for classes
-                raise UserError(f"{path / name} is below --source: give the folder that it describes")
-        labels, class_names = _folder_classes(path, images)
+                raise UserError(f"{store.path / name} is below --source: give the folder that it describes")
+        labels, class_names = _folder_classes(store.path, images)
     return PictureSource(store, images, labels, class_names, sorted(set(files) - set(images)))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from errors import UserError
-from file_layout import FileStore
+from file_layout import BadFile, FileStore
 
 
 class _Part(NamedTuple):
@@ -46,12 +46,12 @@ class TarStore:
         return [*self._parts, *self._beside]
 
     def read(self, name: str) -> bytes:
-        """The content of one file; `UserError` names it if it is a link, missing or cut short."""
+        """The content of one file; `UserError` names it if it cannot be read, and as `BadFile` if it is a link."""
         if name in self._beside:
             return self._folder.read(name)
         part = self._parts[name]
         if part is None:
-            raise UserError(f"{self.path / name} is a link or device in a tar: give the file itself")
+            raise BadFile(f"{self.path / name} is a link or device in a tar: give the file itself")
         try:
             with part.tar.open("rb") as file:
                 file.seek(part.first)

@@ -25,7 +25,7 @@ from preprocessing.destination import only_writer
 from preprocessing.growing_zip import GrowingZip
 from preprocessing.images import list_images
 from preprocessing.picture_source import list_pictures
-from preprocessing.pixels import center_crop_dhariwal
+from preprocessing.pixels import SUFFIXES, center_crop_dhariwal
 
 CLASSES = ["ant", "bee", "cat"]
 GOOD = 1000
@@ -271,6 +271,21 @@ def test_shared_folders_are_no_classes(tmp_path):
     assert source.class_names == ["c", "d"] and source.labels == [0, 0, 0, 1, 1, 1]
 
 
+def test_what_convert_takes_for_images_and_classes_all_tools_do(tmp_path):
+    """Of every format that is converted, in shared folders, with what macOS leaves beside them."""
+    folder = tmp_path / "raw" / "train"
+    for index, suffix in enumerate(sorted(SUFFIXES)):
+        place = folder / "ab"[index % 2] / f"{index}{suffix}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 60).convert("L" if suffix == ".pgm" else "RGB").save(place)
+    (folder / "a" / "._0.bmp").write_bytes(b"of macOS")
+    (folder / "b" / "notes.txt").write_bytes(b"notes")
+    found, expected = list_images(tmp_path / "raw"), list_pictures(tmp_path / "raw")
+    assert len(found.names) == len(SUFFIXES) == 10 and found.names == expected.images
+    assert found.class_names == expected.class_names == ["a", "b"]
+    assert found.labels.tolist() == expected.labels == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+
+
 # ---- mistakes
 
 
@@ -348,8 +363,49 @@ def test_a_source_that_goes_away_is_not_reported_image_by_image(tmp_path, monkey
         return real(store, name)
 
     monkeypatch.setattr(FileStore, "read", unplugged)
-    with pytest.raises(UserError, match="raw is gone"):
+    with pytest.raises(UserError, match=r"0\.png cannot be read any more .*give the same command again"):
         convert(source, tmp_path / "out", 16, num_workers=0)
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EIO, os.strerror(errno.EIO)), MemoryError()])
+def test_a_failing_disk_or_memory_is_no_bad_image(tmp_path, monkeypatch, failure):
+    """It stops, and goes on to the same result."""
+    source = few(tmp_path / "raw", 2 * CHUNK)
+    convert(source, tmp_path / "whole", 16, num_workers=0)
+    real = Path.read_bytes
+
+    def failing(place):
+        if place.name == f"{2 * CHUNK - 1}.png":
+            raise failure
+        return real(place)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(UserError, match=r"63\.png.* give the same command again"):
+        convert(source, tmp_path / "out", 16, num_workers=0)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial" / "content" / "00000").exists()
+    convert(source, tmp_path / "out", 16, num_workers=0)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_out_of_memory_while_decoding_is_no_bad_image(tmp_path, monkeypatch):
+    def short(_):
+        raise MemoryError
+
+    monkeypatch.setattr(convert_module, "read_rgb", short)
+    with pytest.raises(UserError, match=r"no memory for a/0\.png: .* fewer --num-workers"):
+        convert(few(tmp_path / "raw"), tmp_path / "out", 16, num_workers=0)
+
+
+def test_a_damaged_member_of_a_zip_is_reported(tmp_path):
+    shutil.make_archive(tmp_path / "raw", "zip", few(tmp_path / "raw"))
+    with zipfile.ZipFile(tmp_path / "raw.zip") as archive:
+        entry = archive.getinfo("a/0.png")
+    content = bytearray((tmp_path / "raw.zip").read_bytes())
+    content[entry.header_offset + 30 + len(entry.filename) + 100] ^= 1
+    (tmp_path / "raw.zip").write_bytes(content)
+    report = convert(tmp_path / "raw.zip", tmp_path / "out", 16, num_workers=0)
+    assert report["converted"] == 2 and list(report["left_out"]) == ["a/0.png"]
 
 
 # ---- the command line

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sample_data import COUNT, SHAPE, write_dataset, write_files
 
 import dataset
-from dataset import DataOrder, DeviceLatents, LatentBatch, PackedLatents, latent_batches, open_latents
+from dataset import DataOrder, DeviceLatents, LatentBatch, PackedLatents, latent_batches, open_latents, read_manifest
 from errors import UserError
 from file_layout import FileLatents
 
@@ -114,7 +114,7 @@ def empty(folder):
         (lambda folder: (folder / "dataset.json").write_text('{"labels": []}'), "not the manifest"),
         (lambda folder: edit_manifest(folder, version=99), "version 99"),
         (lambda folder: edit_manifest(folder, count=99), "do not add up"),
-        (lambda folder: edit_manifest(folder, shards=[{"file": "x"}]), "is damaged"),
+        (lambda folder: edit_manifest(folder, shards=[{"file": "x"}]), "is damaged, its shards"),
         (lambda folder: edit_manifest(folder, num_classes=2), "num_classes 2"),
         (lambda folder: edit_manifest(folder, dtype="float32"), "moments-00000.npy holds"),
         (lambda folder: edit_manifest(folder, latent_shape=[8, 4, 4]), "moments-00000.npy holds"),
@@ -123,6 +123,10 @@ def empty(folder):
         (lambda folder: (folder / "moments-00001.npy").write_bytes(b""), "moments-00001.npy is damaged"),
         (lambda folder: garble_header(folder / "moments-00001.npy"), "moments-00001.npy is damaged"),
         (lambda folder: np.save(folder / "labels.npy", np.zeros(5, np.int64)), "labels.npy holds"),
+        (
+            lambda folder: np.save(folder / "labels.npy", np.load(folder / "labels.npy")[::-1]),
+            "labels.npy holds other labels than were written",
+        ),
         (
             lambda folder: np.save(folder / "labels.npy", np.array([{}] * COUNT), allow_pickle=True),
             "labels.npy is damaged",
@@ -133,6 +137,21 @@ def test_a_damaged_dataset_is_refused_by_name(folder, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=re.escape(message)):
         PackedLatents(folder)
+
+
+@pytest.mark.parametrize("key", [*dataset.FIELDS, "image_shards"])
+def test_every_damaged_key_of_the_manifest_is_one_line(folder, key):
+    whole = json.loads((folder / "dataset.json").read_text())
+    if key == "image_shards":
+        whole |= {"images": True, "image_shards": whole["shards"]}
+    lacking = {other: value for other, value in whole.items() if other != key}
+    for damaged in (lacking, *(whole | {key: wrong} for wrong in ([0], -1, {}, True if key != "images" else "no"))):
+        if key == "flip" and damaged.get("flip") is True:
+            continue
+        (folder / "dataset.json").write_text(json.dumps(damaged))
+        for reader in (read_manifest, PackedLatents):
+            with pytest.raises(UserError, match=f"dataset.json is damaged, its {key} is"):
+                reader(folder)
 
 
 def test_names_that_do_not_match_are_refused(folder):
@@ -289,6 +308,11 @@ def test_images_are_served_only_where_there_are_some(folder):
         data.gather_images(np.arange(2))
     with pytest.raises(UserError, match="holds no images"):
         latent_batches(data, DataOrder(COUNT, 8, 0), with_images=True)
+
+
+def test_the_bar_of_latents_to_the_device_counts_samples(folder, capsys):
+    DeviceLatents(PackedLatents(folder), "cpu")
+    assert "23/23" in capsys.readouterr().err
 
 
 def test_latents_too_large_for_the_device_are_refused(folder, monkeypatch):

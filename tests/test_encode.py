@@ -304,7 +304,7 @@ def test_bad_images_are_named(tmp_path, images, vae_folder, spoil, message, num_
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: save(folder, "z.png"), r"z\.png is in no class folder"),
+        (lambda folder: save(folder, "z.png"), r"z\.png lies beside the class folders"),
         (lambda folder: labelled(folder, [["cat/0.png", 0]]), r"lists no label for"),
         (lambda folder: labelled(folder, None), "expected"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "expected"),

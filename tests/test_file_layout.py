@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +12,7 @@ from sample_data import COUNT, start, write_files
 
 from dataset import open_latents
 from errors import UserError
-from file_layout import FileLatents, FileStore
+from file_layout import BadFile, FileLatents, FileStore
 
 
 @pytest.fixture(params=["folder", "zip"])
@@ -68,6 +69,32 @@ def test_a_store_lists_and_reads_its_files_only(path, tmp_path):
             store.read(name)
 
 
+def patched(content, marker, offset, value):
+    """The zip in `content` with the 16-bit number at `offset` of its only entry of this marker changed."""
+    place = content.index(marker) + offset
+    return content[:place] + value.to_bytes(2, "little") + content[place + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "value", "message"),
+    [
+        ((8, 10), 99, "compression method is not supported"),
+        ((6, 8), 1, "encrypted"),
+        ((26, None), 2000, "damaged"),  # the length of the name, so that the content would begin elsewhere
+    ],
+)
+def test_a_file_that_the_zip_cannot_give_is_named(tmp_path, offsets, value, message):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", b"content" * 100)
+    content = (tmp_path / "a.zip").read_bytes()
+    for marker, offset in zip((b"PK\3\4", b"PK\1\2"), offsets, strict=True):
+        if offset is not None:
+            content = patched(content, marker, offset, value)
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(BadFile, match=rf"a\.zip/a\.npy is damaged \(.*{message if message != 'damaged' else ''}"):
+        FileStore(tmp_path / "a.zip").read("a.npy")
+
+
 def labelled(folder, labels, **more):
     (folder / "dataset.json").write_text(json.dumps({"labels": labels, **more}))
 
@@ -81,6 +108,9 @@ def labelled(folder, labels, **more):
         (lambda folder: labelled(folder, [["a.png", 0]]), "lists a.png, expected .npy files"),
         (lambda folder: labelled(folder, [["none.npy", 0]]), "none.npy is missing"),
         (lambda folder: labelled(folder, [["../../x.npy", 0]]), "outside"),
+        (lambda folder: labelled(folder, [["a.npy", 0]], class_names=3), "class_names that are no list"),
+        (lambda folder: labelled(folder, [["a.npy", 2**70]]), f"label {2**70} of a.npy, expected an integer from 0"),
+        (lambda folder: labelled(folder, [["a.npy", 2**20]]), "below 1048576"),
         (lambda folder: np.save(folder / "00000/img-mean-std-00000000.npy", np.zeros((4, 4))), "expected moments"),
         (lambda folder: np.save(folder / "00000/img-mean-std-00000000.npy", np.zeros((3, 4, 4))), "expected moments"),
     ],

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 
 from errors import UserError
+from file_layout import BadFile
 from preprocessing.tar_store import TarStore
 
 FILES = {"cat/1.JPEG": b"first cat", "cat/2.JPEG": b"", "dog/1.JPEG": b"dog" * 1000}
@@ -68,7 +69,7 @@ def test_links_are_named_not_lost(tmp_path):
     store = TarStore(tmp_path / "links.tar")
     assert sorted(store.names()) == ["a.png", "b.png", "c.png"]
     assert store.read("a.png") == store.read("b.png") == b"a"
-    with pytest.raises(UserError, match=r"c\.png is a link"):
+    with pytest.raises(BadFile, match=r"c\.png is a link"):
         store.read("c.png")
 
 
