@@ -271,7 +271,9 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
             f"--scale-weight {options.scale_weight} has {len(options.scale_weight)} entries, the model "
             f"{network.num_branches} branches: give one weight each"
         )
-    contents = {key: value for key, value in data.manifest.items() if key != "vae"}  # that is only a name
+    contents = dict(data.manifest)
+    if contents["vae_sha256"] is not None:
+        del contents["vae"]  # that is only a name, the checksum decides
     digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     experiment = {name: getattr(options, name) for name in EXPERIMENT}
     run = Path(options.output_dir) / options.exp_name

@@ -16,11 +16,10 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from errors import UserError
@@ -29,7 +28,7 @@ from preprocessing.destination import only_writer
 from preprocessing.growing_zip import Entry, GrowingZip
 from preprocessing.picture_source import PictureSource, list_pictures
 from preprocessing.pixels import TRANSFORMS, read_rgb
-from preprocessing.workers import end_with_parent
+from preprocessing.workers import worker_results
 
 CHUNK = 32  # images: little to do again after a kill, and little held in memory on the way to a zip
 REPORT = "report.json"
@@ -199,9 +198,13 @@ def _converted(
         content.mkdir(exist_ok=True)
     chunks = _Chunks(pictures, settings["resolution"], settings["transform"], None if to_zip else content)
     left = range(len(lines), len(chunks))
-    with progress.open("a") as record, tqdm(desc="convert", total=len(pictures.images), unit="img") as bar:
+    with (
+        worker_results(chunks, num_workers, sampler=left, batch_size=None) as converted,
+        progress.open("a") as record,
+        tqdm(desc="convert", total=len(pictures.images), unit="img") as bar,
+    ):
         bar.update(min(len(lines) * CHUNK, len(pictures.images)))
-        for line, results in _results(chunks, left, num_workers):
+        for line, results in converted:
             if to_zip:
                 line["entries"] = [archive.add(name, png) for name, png in results]
                 archive.flush()
@@ -237,32 +240,6 @@ def _read_progress(file: Path, settings: dict[str, Any]) -> list[Line]:
         raise UserError(f"{file} is damaged ({error}): remove its folder and give the same command again") from error
     _check_same(settings, first, file.parent)
     return lines
-
-
-def _results(chunks: _Chunks, left: range, num_workers: int) -> Iterator[tuple[Line, list[tuple[str, bytes]]]]:
-    """The chunks that are left, in order, converted by `num_workers` processes."""
-    loader = DataLoader(
-        chunks,
-        batch_size=None,
-        sampler=left,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=end_with_parent,
-    )
-    try:
-        for result in loader:
-            if isinstance(result, Exception):
-                raise result
-            yield result
-    except RuntimeError as error:  # a worker was killed
-        raise UserError(
-            f"a worker stopped ({error}): give the same command again, it continues; if memory was short, with "
-            "fewer --num-workers"
-        ) from error
-
-
-def _as_it_is(result: Any) -> Any:
-    return result
 
 
 def _entries(lines: list[Line]) -> list[Entry]:

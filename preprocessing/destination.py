@@ -74,7 +74,7 @@ def only_writer(dest: str | Path) -> Iterator[None]:
     workers outlive a killed process for a moment, it is waited for a little. Raises `UserError` if another process
     keeps it, or if the folder of `dest` cannot be written.
     """
-    dest = Path(dest).absolute()
+    dest = Path(dest).resolve()  # one lock, by whichever link it is reached
     place = dest.with_name(f".{dest.name}.lock")
     deadline = time.monotonic() + PATIENCE
     try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from errors import UserError
@@ -16,7 +16,8 @@ from preprocessing.destination import only_writer
 from preprocessing.images import SourceImages, list_images, read_image
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.processes import Processes, joined_processes
-from preprocessing.workers import end_with_parent
+from preprocessing.source_identity import source_sha256
+from preprocessing.workers import worker_results
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -87,6 +88,7 @@ def _manifest(
         scaling_factor=vae.config.scaling_factor,
         flip=flip,
         images=with_images,
+        source_sha256=source_sha256((images.store, images.names)),
     )
 
 
@@ -99,23 +101,17 @@ def _encode_units(
         unit: [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
         for unit, rows in ((unit, job.rows_of(unit)) for unit in units)
     }
-    loader = DataLoader(
-        _ImageBatches(store, job.names, job.manifest["resolution"]),
-        batch_sampler=[batch for unit in units for batch in batches[unit]],
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=end_with_parent,
-    )
-    read = iter(loader)
+    dataset = _ImageBatches(store, job.names, job.manifest["resolution"])
+    order = [batch for unit in units for batch in batches[unit]]
     total = sum(len(job.rows_of(unit)) for unit in units)
-    with tqdm(total=total, desc=processes.label("encode"), unit="img", disable=processes.local_rank != 0) as bar:
+    with (
+        worker_results(dataset, num_workers, batch_sampler=order) as read,
+        tqdm(total=total, desc=processes.label("encode"), unit="img", disable=processes.local_rank != 0) as bar,
+    ):
         for unit in units:
             moments, pixels = [], []
             for _ in batches[unit]:
                 batch = next(read)
-                if isinstance(batch, UserError):
-                    del read  # ends its workers; the traceback would keep them waiting
-                    raise batch
                 moments.append(_views(vae, batch, job.manifest["flip"]))
                 pixels.append(batch.numpy())
                 bar.update(len(batch))
@@ -150,7 +146,3 @@ class _ImageBatches(Dataset):
                 f"{self.resolution} x {self.resolution}, the height of the first image: bring all to one square size"
             )
         return torch.from_numpy(pixels)
-
-
-def _as_it_is(batch: torch.Tensor | UserError) -> torch.Tensor | UserError:
-    return batch

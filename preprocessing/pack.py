@@ -3,7 +3,7 @@
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from errors import UserError
@@ -11,7 +11,8 @@ from file_layout import LABELS, SD_VAE, FileLatents
 from preprocessing.destination import only_writer
 from preprocessing.images import SourceImages, list_images, read_image
 from preprocessing.packed_writer import PackedJob, packed_manifest
-from preprocessing.workers import end_with_parent
+from preprocessing.source_identity import source_sha256
+from preprocessing.workers import worker_results
 
 
 def pack(
@@ -46,23 +47,20 @@ def pack(
             vae_sha256=None,
             scaling_factor=latents.scaling_factor,
             images=paired is not None,
+            source_sha256=source_sha256(
+                *((files.store, files.names) for files in (latents, paired) if files is not None)
+            ),
         )
         job = PackedJob.begin(dest, manifest, latents.names, latents.labels)
         if job is None:
             print(f"{dest} is complete ({len(latents)} samples): nothing to do")
             return
-        loader = DataLoader(
-            _UnitWriter(job, latents, paired),
-            sampler=job.left(),
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=end_with_parent,
-        )
-        with tqdm(total=sum(len(job.rows_of(unit)) for unit in job.left()), desc="pack", unit="img") as bar:
-            for done in loader:
-                if isinstance(done, UserError):
-                    raise done
+        left = job.left()
+        with (
+            worker_results(_UnitWriter(job, latents, paired), num_workers, sampler=left, batch_size=None) as results,
+            tqdm(total=sum(len(job.rows_of(unit)) for unit in left), desc="pack", unit="img") as bar,
+        ):
+            for done in results:
                 bar.update(done)
         job.finish(shard_rows)
         print(f"{dest}: {len(latents)} samples in {len(latents.class_names)} classes")
@@ -123,7 +121,3 @@ class _UnitWriter(Dataset):
                 f"of {side} x {side}: give the images that were encoded"
             )
         return pixels
-
-
-def _as_it_is(item: int | UserError) -> int | UserError:
-    return item

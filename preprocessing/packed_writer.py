@@ -46,11 +46,13 @@ def packed_manifest(
     scaling_factor: float,
     flip: bool = False,
     images: bool = False,
+    source_sha256: str | None = None,
 ) -> dict[str, Any]:
     """The manifest of a packed dataset, but for its shards and checksums: all that is known before the first latent.
 
     `latent_shape` is (2C, h, w), of the moments; `dtype` "float16" or "float32". With `flip` each sample has the
-    mirrored image's moments too, with `images` the uint8 pixels.
+    mirrored image's moments too, with `images` the uint8 pixels. `source_sha256` tells the files it is made of from
+    others of the same names; see `source_identity`.
     """
     return {
         "format": FORMAT,
@@ -69,6 +71,7 @@ def packed_manifest(
         "scaling_factor": scaling_factor,
         "labels": {"file": "labels.npy", "sha256": hashlib.sha256(_npy(labels.astype(np.int64))).hexdigest()},
         "names": {"file": "names.json", "sha256": hashlib.sha256(_json(names)).hexdigest()},
+        "source_sha256": source_sha256,
     }
 
 
@@ -82,9 +85,7 @@ class PackedJob:
     def __init__(self, dest: str | Path) -> None:
         self.dest = Path(dest)
         self.work = self.dest / "unfinished"
-        job = json.loads((self.work / "job.json").read_text(encoding="utf-8"))
-        self.manifest: dict[str, Any] = job["manifest"]
-        self.unit_rows: int = job["unit_rows"]
+        self.manifest, self.unit_rows = _read_job(self.dest)
         self.names: list[str] = json.loads((self.dest / "names.json").read_text(encoding="utf-8"))
         self.row_type = row_type(self.manifest)
 
@@ -94,7 +95,7 @@ class PackedJob:
     ) -> "PackedJob | None":
         """The job of making what `manifest` (from `packed_manifest`) says, new or continued; None if it is done.
 
-        Raises `UserError` if `dest` holds something else, finished or not: it is left as it is.
+        Raises `UserError` if `dest` holds something else or damaged, finished or not: it is left as it is.
         """
         dest = Path(dest)
         work, job = dest / "unfinished", dest / "unfinished" / "job.json"
@@ -105,9 +106,7 @@ class PackedJob:
             shutil.rmtree(work, ignore_errors=True)  # where the kill came between the manifest and this
             return None
         if job.is_file():
-            _check_same(
-                manifest, json.loads(job.read_text(encoding="utf-8"))["manifest"], dest, "dataset in the making"
-            )
+            _check_same(manifest, _read_job(dest)[0], dest, "dataset in the making")
         else:
             for file in sorted(dest.iterdir()) if dest.exists() else ():
                 if file != work:
@@ -260,14 +259,33 @@ def shard_header(manifest: dict[str, Any], field: str, count: int) -> bytes:
     return buffer.getvalue()
 
 
+def _read_job(dest: Path) -> tuple[dict[str, Any], int]:
+    """Manifest and rows of a unit of the job in `dest`; `UserError` if its file is damaged."""
+    file = dest / "unfinished" / "job.json"
+    try:
+        job = json.loads(file.read_text(encoding="utf-8"))
+        manifest, unit_rows = dict(job["manifest"]), job["unit_rows"]
+        if type(unit_rows) is not int or unit_rows < 1:
+            raise ValueError(f"unit_rows is {unit_rows!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): delete {dest} and give the same command again") from error
+    return manifest, unit_rows
+
+
 def _check_same(wanted: dict[str, Any], found: dict[str, Any], dest: Path, what: str) -> None:
     """Raise `UserError` if `dest` holds something other than what was asked for."""
     for key in wanted:
-        if key != "vae" and found.get(key) != wanted[key]:  # a VAE's path may differ: its checksum decides
+        if found.get(key) == wanted[key] or (key == "vae" and wanted["vae_sha256"] is not None):
+            continue  # a VAE's path may differ where there is a checksum to decide
+        if key == "source_sha256":
             raise UserError(
-                f"{dest} holds a {what}, but with {key} {str(found.get(key))[:80]}, where this command makes "
-                f"{str(wanted[key])[:80]}: delete it or change --dest"
+                f"{dest} holds a {what} that was begun from other images than the source holds now: bring those "
+                "back, or delete it, or change --dest"
             )
+        raise UserError(
+            f"{dest} holds a {what}, but with {key} {str(found.get(key))[:80]}, where this command makes "
+            f"{str(wanted[key])[:80]}: delete it or change --dest"
+        )
 
 
 def _json(content: object) -> bytes:

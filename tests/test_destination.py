@@ -72,3 +72,16 @@ def test_writers_that_wait_never_overlap(tmp_path):
     for process in processes:
         process.join(30)
     assert [process.exitcode for process in processes] == [0] * 10
+
+
+def test_a_link_to_the_destination_has_the_same_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(destination, "PATIENCE", 0.2)
+    (tmp_path / "dest").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "dest")
+    with (
+        only_writer(tmp_path / "dest"),
+        pytest.raises(UserError, match="is being written by another process"),
+        only_writer(tmp_path / "elsewhere" / "link"),
+    ):
+        pass

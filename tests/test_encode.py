@@ -255,6 +255,32 @@ def test_a_dataset_of_something_else_is_not_touched(tmp_path, images, vae_folder
         encode(images, dest, vae_folder, num_workers=0)
 
 
+def test_other_images_of_the_same_names_are_not_taken_for_the_first(
+    tmp_path, images, vae_folder, small_units, monkeypatch
+):
+    encode(images, tmp_path / "packed", vae_folder, num_workers=0)
+    monkeypatch.setattr(packed_writer.PackedJob, "finish", lambda self, shard_rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(images, tmp_path / "unfinished", vae_folder, num_workers=0)
+    monkeypatch.undo()
+    before = contents(tmp_path / "unfinished")
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(images / "dog" / "1.png")
+    for dest, state in [("packed", "complete dataset"), ("unfinished", "dataset in the making")]:
+        with pytest.raises(UserError, match=f"{state} that was begun from other images"):
+            encode(images, tmp_path / dest, vae_folder, num_workers=0)
+    assert contents(tmp_path / "unfinished") == before
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "{", '{"manifest": {}}', '{"manifest": 3, "unit_rows": 4}', '{"manifest": {}, "unit_rows": 0}']
+)
+def test_a_damaged_job_is_reported(tmp_path, images, vae_folder, damage):
+    (tmp_path / "packed" / "unfinished").mkdir(parents=True)
+    (tmp_path / "packed" / "unfinished" / "job.json").write_text(damage)
+    with pytest.raises(UserError, match=r"job\.json is damaged .* delete \S+packed and give the same command again"):
+        encode(images, tmp_path / "packed", vae_folder, num_workers=0)
+
+
 def test_a_folder_with_other_files_is_not_emptied(tmp_path, images, vae_folder):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "labels.npy").write_text("")

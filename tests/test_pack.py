@@ -158,3 +158,21 @@ def test_what_is_not_in_the_official_layout_is_refused(tmp_path, source):
         archive.writestr("dataset.json", json.dumps({"labels": [["a/b.png", 0]]}))
     with pytest.raises(UserError, match="lists a/b.png, expected .npy"):
         pack(tmp_path / "images.zip", tmp_path / "again", num_workers=0)
+
+
+# ---- going on where another command stopped
+
+
+def test_packed_data_of_other_files_or_another_vae_is_not_taken_for_this(tmp_path, source, images):
+    pack(source, tmp_path / "packed", images=images, num_workers=0)
+    pack(source, tmp_path / "packed", images=images, num_workers=0)
+    with pytest.raises(UserError, match="vae stabilityai/sd-vae-ft-ema, where this command makes other"):
+        pack(source, tmp_path / "packed", "other", images=images, num_workers=0)
+    Image.new("RGB", (32, 32), (99, 0, 0)).save(images / "00000/img00000003.png")
+    with pytest.raises(UserError, match="complete dataset that was begun from other images"):
+        pack(source, tmp_path / "packed", images=images, num_workers=0)
+    file = source / "00001" / "img-mean-std-00000015.npy"
+    pack(source, tmp_path / "latents", num_workers=0)
+    np.save(file, np.load(file) + 1)
+    with pytest.raises(UserError, match="complete dataset that was begun from other images"):
+        pack(source, tmp_path / "latents", num_workers=0)

@@ -36,12 +36,12 @@ GOLDEN_LOSSES = [
 ]  # fmt: skip
 
 
-def write_dataset(dest, std=0.1, resolution=32):
+def write_dataset(dest, std=0.1, resolution=32, vae="assets/vae", vae_sha256="0" * 64):
     """23 random latents of 4 x 4 in three classes."""
     rng = np.random.default_rng(0)
     moments = np.concatenate([rng.normal(size=(COUNT, 4, 4, 4)), np.full((COUNT, 4, 4, 4), std)], axis=1)
     names, labels = [f"class/{index:02d}.png" for index in range(COUNT)], rng.integers(0, 3, COUNT)
-    facts = dict(latent_shape=(8, 4, 4), dtype="float32", vae="assets/vae", vae_sha256="0" * 64, scaling_factor=0.5)
+    facts = dict(latent_shape=(8, 4, 4), dtype="float32", vae=vae, vae_sha256=vae_sha256, scaling_factor=0.5)
     manifest = packed_manifest(names, labels, ["a", "b", "c"], resolution=resolution, **facts)
     write_packed(dest, manifest, [moments.astype(np.float32)], names, labels, shard_rows=10)
     return dest
@@ -210,6 +210,16 @@ def test_other_data_is_refused(start, tmp_path):
     start(steps=1)
     with pytest.raises(UserError, match=r"data 23 samples, \w+, now it is 23 samples, \w+"):
         start("--data-dir", write_dataset(tmp_path / "other", std=0.2))
+
+
+def test_the_name_of_a_vae_counts_only_where_it_has_no_checksum(start, tmp_path):
+    start(steps=1)
+    start("--data-dir", write_dataset(tmp_path / "moved", vae="elsewhere/vae"), steps=2)
+    for name in ("ema", "mse"):
+        write_dataset(tmp_path / name, vae=name, vae_sha256=None)
+    start("--data-dir", tmp_path / "ema", name="packed", steps=1)
+    with pytest.raises(UserError, match="now it is 23 samples"):
+        start("--data-dir", tmp_path / "mse", name="packed", steps=2)
 
 
 # ---- batches

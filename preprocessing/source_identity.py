@@ -1,0 +1,50 @@
+"""Tells one source of files from another, at the cost of a look at each."""
+
+import hashlib
+import json
+import zipfile
+
+from tqdm import tqdm
+
+from errors import UserError
+from file_layout import LABELS, FileStore
+from preprocessing.convert import REPORT
+
+SAMPLED = 64  # files read: uncompressed pictures, and latents, are all of one size
+
+
+def source_sha256(*sources: tuple[FileStore, list[str]]) -> str:
+    """SHA-256 of what tells these files from others, each source a store and its files in use; hexadecimal.
+
+    It covers all names and sizes, the content of up to 64 files evenly spaced, and each store's `dataset.json` and
+    `report.json`. A zip and the folder it was made of are the same. Raises `UserError` for files that
+    cannot be read.
+    """
+    digest = hashlib.sha256()
+    for store, names in sources:
+        names = sorted(names)
+        extras = [name for name in (LABELS, REPORT) if name not in names]
+        sizes = _sizes(store, names + extras)
+        digest.update(json.dumps(sizes).encode())
+        step = max(1, -(-len(names) // SAMPLED))
+        for name in names[::step] + [name for name in extras if sizes[name] is not None]:
+            digest.update(hashlib.sha256(store.read(name)).digest())
+    return digest.hexdigest()
+
+
+def _sizes(store: FileStore, names: list[str]) -> dict[str, int | None]:
+    """Bytes of each file, None if it is not there."""
+    if not store.path.is_dir():
+        with zipfile.ZipFile(store.path) as archive:
+            found = {entry.filename: entry.file_size for entry in archive.infolist()}
+        return {name: found.get(name) for name in names}
+    sizes = {}
+    for name in tqdm(names, desc="look at files", unit="file", delay=1):
+        place = store.path / name
+        try:
+            sizes[name] = place.stat().st_size
+        except FileNotFoundError:
+            sizes[name] = None
+        except OSError as error:
+            raise UserError(f"{place} cannot be read ({error.strerror or error}): make it readable") from error
+    return sizes
