@@ -38,7 +38,8 @@ def test_pack_then_verify(tmp_path, monkeypatch, capsys):
     write_files(tmp_path / "vae-sd")
     dest = tmp_path / "packed"
     command = ["pack", "--source", tmp_path / "vae-sd", "--dest", dest, "--num-workers", 0, "--dtype", "float32"]
-    assert run_main(monkeypatch, *command, "--vae", "stabilityai/sd-vae-ft-mse") == 0
+    command += ["--vae", "stabilityai/sd-vae-ft-mse"]
+    assert run_main(monkeypatch, *command) == 0
     assert run_main(monkeypatch, *command) == 0
     assert "is complete (23 samples)" in capsys.readouterr().out
     assert run_main(monkeypatch, "info", dest) == 0
