@@ -237,14 +237,15 @@ def settings_of(args: argparse.Namespace, metadata: dict[str, Any]) -> Settings:
 
 
 def load_matching_vae(args: argparse.Namespace, metadata: dict[str, Any], device: torch.device):  # noqa: ANN201
-    """The VAE that the flags, else the checkpoint, name; it must scale latents as the checkpoint was trained on.
+    """The VAE that the flags, else the checkpoint, name, and the SHA-256 of its weights.
 
     Raises:
-        UserError: if it cannot be had or scales otherwise.
+        UserError: if it cannot be had, or has other weights or another scale than the checkpoint was trained with.
     """
     name = args.vae or metadata.get("vae", "ema")
     vae = load_vae(VAES.get(name, name), device)
-    if metadata.get("vae_sha256") not in (None, weights_sha256(vae)):
+    checksum = weights_sha256(vae)
+    if metadata.get("vae_sha256") not in (None, checksum):
         raise UserError(f"VAE {name} is not the one {args.ckpt} was trained with: give that one with --vae")
     scaling = metadata.get("scaling_factor", vae.config.scaling_factor)
     if not np.isclose(scaling, vae.config.scaling_factor):
@@ -252,7 +253,7 @@ def load_matching_vae(args: argparse.Namespace, metadata: dict[str, Any], device
             f"VAE {name} scales latents by {vae.config.scaling_factor:.5g}, but {args.ckpt} was trained "
             f"on a scale of {scaling:.5g}: give the VAE of the training data with --vae"
         )
-    return vae
+    return vae, checksum
 
 
 def require_same(record: dict[str, Any], made: Path, overwrite: bool) -> bool:
@@ -302,7 +303,7 @@ def main() -> None:
 
     process = join_processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    vae = load_matching_vae(args, checkpoint.metadata, process.device)
+    vae, vae_sha256 = load_matching_vae(args, checkpoint.metadata, process.device)
     side = checkpoint.config["input_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
     if args.resolution not in (None, side):
         raise UserError(f"--resolution {args.resolution}, but {args.ckpt} makes images of {side} px: drop the flag")
@@ -315,7 +316,7 @@ def main() -> None:
         "classes": args.classes,
         "images": args.num_fid_samples,
         "vae": vae.config._name_or_path,
-        "vae_sha256": weights_sha256(vae),
+        "vae_sha256": vae_sha256,
         "torch": torch.__version__,
     }
     if require_same(record, npz.with_suffix(".json"), args.overwrite):

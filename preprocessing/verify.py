@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dataset import PackedLatents, open_latents, read_manifest
 from errors import UserError
 from file_layout import FileLatents
+from files import file_sha256
 from preprocessing.images import list_images
 from preprocessing.pack import check_files
 from preprocessing.packed_writer import row_type, shard_header
@@ -151,11 +152,7 @@ def _damage_of_shard(
 
 def _sha256(place: Path) -> str | None:
     """Checksum of a file, None if it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with place.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
+        return file_sha256(place)
     except OSError:
         return None
-    return digest.hexdigest()
