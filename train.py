@@ -11,56 +11,57 @@ finishes the step, saves, and exits with code 143.
     RUN/options.json      options as resolved, architecture, code commit, versions
     RUN/metrics.jsonl     averages over --log-every steps and all processes
     RUN/checkpoints/      see training/checkpointing.py
+    RUN/previews/         grids of samples, with --preview-every
     RUN/ema.safetensors   at the end: the averaged weights alone, for generate.py
     RUN/loss.png          at the end: the loss curves
 """
 
 import argparse
-import hashlib
-import json
 import math
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from dataset import DataOrder, DeviceLatents, LatentData, latent_batches, open_latents
+from dataset import DataOrder, DeviceLatents, LatentBatch, latent_batches
 from errors import UserError, exits_on_user_error
 from loss import DeepFlowLoss
-from models import DeepFlow, checkpoints, create_model
+from models import checkpoints
 from models.vae import sample_latents
 from processes import join_processes, reported_by_any_process
-from training import checkpointing, guard, logging
-from training.ema import EMA
-from training.options import EXPERIMENT, parse_options
+from training import checkpointing, guard, logging, parallel
+from training.ema import averages
+from training.options import parse_options
+from training.plan import build_network, describe, describe_model, make_plan, measure, peak_flops
 
 STOPPED_BY_SIGNAL = 143  # the exit code of a process that SIGTERM ends
-MAX_SKIPPED = 30  # halvings of the fp16 loss scale in a row, after which no scale will do
 
 
 class NonFiniteLoss(ArithmeticError):
     """A loss or gradient is infinite or NaN; the step it belongs to was not applied."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run as resolved from options, data and what an earlier run of the same name left."""
+class Gradients(NamedTuple):
+    """A step whose gradients lie in the parameters, not applied yet."""
 
-    run: Path
-    data: LatentData
-    config: dict[str, Any]  # the network's architecture
-    parameters: int
-    experiment: dict[str, Any]  # what a resumed run must share
-    total_steps: int
-    micro_batch: int  # images of one process in one forward
-    resume_from: Path | None
+    sums: Tensor  # of the metrics, over this process's samples
+    terms: list[tuple[Tensor, dict[str, Tensor]]]  # sample indices and named per-sample terms of each micro-batch
+    loss_scale: float
+
+
+class Update(NamedTuple):
+    """A step that the device may still be at, or may have refused."""
+
+    verdict: guard.Verdict
+    terms: list[tuple[Tensor, dict[str, Tensor]]]
 
 
 def train(options: argparse.Namespace) -> bool:
@@ -79,27 +80,46 @@ def train(options: argparse.Namespace) -> bool:
     run, data, config, total_steps = plan.run, plan.data, plan.config, plan.total_steps
     saved = checkpointing.load(plan.resume_from, plan.experiment) if plan.resume_from else None
     step = saved.step if saved else 0
+    work = measure(plan, options) if is_main else None
     if is_main:
-        print(describe(plan, options, world, device, step), flush=True)
+        print(describe(plan, options, work, world, device, step), flush=True)
     if options.dry_run:
+        if plan.missing:
+            raise UserError(plan.missing)
         return True
+    if options.preview_every:
+        from training.previews import Previews  # brings a VAE and a feature network: slow to import, seldom wanted
+
+        previews = Previews(options, data, device, rank, world)
     processes.wait_for_everyone()  # all have read the run's folder before one of them changes it
     if is_main:
         run.mkdir(parents=True, exist_ok=True)
         logging.write_options(run, vars(options), config)
-        logging.truncate_metrics(run, saved.trainer["log"]["logged_step"] if saved else 0)
+        logging.truncate_metrics(run, saved.trainer["log"]["logged_step"] if saved else 0, step)
         checkpointing.set_aside_after(run, step)
 
-    # ---- 2. Network, objective, optimizer, average -----------------------------------------------------------------
+    # ---- 2. Network, objective, averages, optimizer ----------------------------------------------------------------
     torch.set_float32_matmul_precision("high" if options.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = options.allow_tf32
-    tracker = None if options.report_to == "none" else options.report_to
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=tracker)
-    logging.start_trackers(accelerator, options, run)
+    accelerator = logging.make_accelerator(options, run)
     torch.manual_seed(options.seed)  # the initial weights are the only use of the global generator
-    network = build_network(options, data)
+    network = build_network(options, data).to(device)
+    network.checkpoint_activations = options.activation_checkpointing
     if saved:
         network.load_state_dict(saved.model)
+    parallel.synchronise(network)  # first, so that all averages start equal
+    emas = averages(network, options.ema_decay, options.ema_std)
+    for name, ema in emas.items() if saved else ():
+        ema.model.load_state_dict(saved.ema[name])
+    if options.compile:
+        for block in network.repeated_blocks():
+            block.compile()
+    if parallel.is_sharded():
+        for part in (network, *(ema.model for ema in emas.values())):
+            parallel.shard(part, device)
+        model = network
+    else:
+        model = parallel.replicate(network, device)
     loss_fn = DeepFlowLoss(
         path_type=options.path_type,
         weighting=options.weighting,
@@ -108,206 +128,171 @@ def train(options: argparse.Namespace) -> bool:
         acc_coeff=options.acc_coeff,
         cfg_prob=options.cfg_prob,
     )
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        network.parameters(),
+        parameters,
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
         eps=options.adam_epsilon,
-        fused=device.type in ("cuda", "cpu"),
+        fused=True,  # one launch, and the only one that can be told on the device not to update
     )
-    model, optimizer = accelerator.prepare(network, optimizer)  # sends the weights of the first process to all ...
-    network, scaler = accelerator.unwrap_model(model), accelerator.scaler
-    ema = EMA(network, options.ema_decay)  # ... so that all averages start equal
+    scale = make_loss_scale(options.mixed_precision)
     columns = ["grad_norm", "loss", *(f"velocity_{i + 1}" for i in range(network.num_branches)), "acceleration"]
     log = logging.MetricLog(columns, step, options.batch_size)
     if saved:
-        ema.load(saved.ema)
-        groups = optimizer.state_dict()["param_groups"]  # the rates of this command, not of the one that saved
-        optimizer.load_state_dict({"state": saved.trainer["optimizer"]["state"], "param_groups": groups})
+        parallel.load_optimizer(network, optimizer, saved.trainer["optimizer"])
         log.load_state_dict(saved.trainer["log"])
-        if scaler is not None and saved.trainer["scaler"] is not None:
-            scaler.load_state_dict(saved.trainer["scaler"])
+        scale.load_state_dict(saved.trainer["loss_scale"])
         saved = None  # frees a copy of the weights
+
+    # ---- 3. The parts of a step ------------------------------------------------------------------------------------
+    order = DataOrder(len(data), options.batch_size, options.seed)
+    source = DeviceLatents(data, device) if options.data_on_device else data
+    batches = latent_batches(source, order, step, rank, world, options.num_workers, accumulation)
+    begun: dict[int, list[LatentBatch]] = {}  # the micro-batches of steps that are not done: one may be tried again
+    generator = torch.Generator(device)
+    per_process = plan.micro_batch * accumulation
+    batch_shape = (options.batch_size, config["in_channels"], config["input_size"], config["input_size"])
+
+    def forward(x: Tensor, t: Tensor, y: Tensor):
+        with accelerator.autocast():
+            return model(x, t, y)
+
+    def accumulate_gradients(step: int, loss_scale: float) -> Gradients:
+        """Add up the gradients of the mean loss over the process's whole batch, averaged over the processes."""
+        if step not in begun:
+            with reported_by_any_process(rank):
+                begun[step] = [next(batches) for _ in range(accumulation)]
+        # Noise and times are drawn for the whole global batch, of which each part takes its rows: loss and gradients
+        # do not depend on how the batch is divided.
+        generator.manual_seed(noise_seed(options.seed, step))
+        latent_noise = torch.randn(batch_shape, generator=generator, device=device)
+        draws = loss_fn.draw(network.num_branches, batch_shape, generator)
+        sums, named_terms = 0, []
+        for i, batch in enumerate(begun[step]):
+            first = (rank * accumulation + i) * plan.micro_batch
+            rows = slice(first, first + plan.micro_batch)
+            moments = batch.moments.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True)
+            x0 = sample_latents(moments, data.scaling_factor, latent_noise[rows])
+            with parallel.averaging(model, wanted=i == accumulation - 1):
+                terms = loss_fn.drawn_terms(forward, x0, labels, network.num_classes, draws.rows(rows))
+                total = loss_fn.total(terms)
+                (total.sum() * (loss_scale / per_process)).backward()
+            parts = [total.sum(), *terms.branch_velocity.sum(1), terms.acceleration.sum()]
+            sums = sums + torch.stack(parts).detach()
+            per_sample = {"velocity": terms.velocity.detach(), "acceleration": terms.acceleration.detach()}
+            named_terms.append((batch.indices, per_sample))
+        return Gradients(sums, named_terms, loss_scale)
+
+    def launch_update(step: int, gradients: Gradients) -> Update:
+        """Clip, and have the device apply the step if all of its numbers are finite, on all processes."""
+        # Gradients are clipped as they are, multiplied by the loss scale; the optimizer's kernel divides by it.
+        limit = (options.max_grad_norm or math.inf) * gradients.loss_scale
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        grad_norm = (grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm) / gradients.loss_scale
+        asked = torch.full((1,), float(stop.is_set()), device=device)
+        row = torch.cat([grad_norm.reshape(1), gradients.sums / per_process, asked])
+        row = accelerator.reduce(row, "mean")
+        optimizer.found_inf = 1 - row.isfinite().all().float()
+        optimizer.grad_scale = torch.full((), gradients.loss_scale, device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(options, step, total_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        return Update(guard.Verdict(row), gradients.terms)
 
     def write_metrics() -> None:
         entry = log.average(
             step,
             epoch=step * options.batch_size / len(data),
             lr=learning_rate(options, step - 1, total_steps),
-            loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            loss_scale=scale.value(),
         )
-        accelerator.log(entry, step=step)
         if is_main:
+            entry["memory_gib"] = logging.memory_gib(device)
+            if peak := peak_flops(device, options.mixed_precision):
+                entry["mfu"] = 6 * work.macs * entry["images_per_second"] / (world * peak)
             logging.append_metrics(run, entry)
             bar.set_postfix(loss=f"{entry['loss']:.4f}", images_s=f"{entry['images_per_second']:.1f}")
+        accelerator.log(entry, step=step)
 
-    # ---- 3. The loop -----------------------------------------------------------------------------------------------
-    order = DataOrder(len(data), options.batch_size, options.seed)
-    generator = torch.Generator(device)
-    per_process = plan.micro_batch * accumulation
-    batch_shape = (options.batch_size, config["in_channels"], config["input_size"], config["input_size"])
-    skipped = 0  # attempts at the present step that fp16 overflow has undone
-    stopped = False
-    with guard.stop_request() as stop, tqdm(total=total_steps, initial=step, disable=not is_main) as bar:
-        source = DeviceLatents(data, device) if options.data_on_device else data
-        batches = latent_batches(source, order, step, rank, world, options.num_workers, accumulation)
+    def save_checkpoint() -> None:
+        trainer = {"optimizer": parallel.whole_optimizer(network, optimizer), "log": log.state_dict()}
+        trainer["loss_scale"] = scale.state_dict()
+        weights = parallel.whole_weights(network)
+        averaged = {name: parallel.whole_weights(ema.model) for name, ema in emas.items()}
+        if is_main:
+            state = checkpointing.TrainingState(step, plan.experiment, weights, averaged, trainer)
+            metadata = describe_model(options, data, step)
+            checkpointing.save(run, state, config, metadata, options.keep_last, options.keep_every)
+        accelerator.wait_for_everyone()
 
+    def write_preview() -> None:
+        scores = previews(next(iter(emas.values())).model, run, step)
+        if is_main and scores:
+            logging.append_metrics(run, {"step": step, **scores})
+        accelerator.log(scores, step=step)
+
+    # ---- 4. The loop -----------------------------------------------------------------------------------------------
+    # Each round computes the gradients of one step, then looks at the verdict on the step before, which the device has
+    # long reached, then launches the step. So the device always has work, and yet nothing follows a step that failed.
+    stopped, update = False, None
+    attention = sdpa_kernel([SDPBackend.MATH]) if not options.fused_attn else nullcontext()
+    with guard.stop_request() as stop, attention, tqdm(total=total_steps, initial=step, disable=not is_main) as bar:
         while step < total_steps and not stopped:
-            # Data. A step that fp16 overflowed is tried again, with the same data and noise and a smaller loss scale.
-            if skipped == 0:
-                with reported_by_any_process(rank):
-                    micro_batches = [next(batches) for _ in range(accumulation)]
+            ahead = step + (update is not None)
+            gradients = accumulate_gradients(ahead, scale.value(ahead - step)) if ahead < total_steps else None
 
-            # Noise and times. Drawn for the whole global batch, of which each part below takes its rows: loss and
-            # gradients do not depend on how the batch is divided.
-            generator.manual_seed(noise_seed(options.seed, step))
-            latent_noise = torch.randn(batch_shape, generator=generator, device=device)
-            draws = loss_fn.draw(network.num_branches, batch_shape, generator)
+            if update is not None:
+                *row, asked = update.verdict.read()
+                if not all(map(math.isfinite, row)):
+                    bad_terms = gather_object(guard.non_finite_terms(rank, update.terms))
+                    if not scale.overflowed() or bad_terms:
+                        raise NonFiniteLoss(describe_failure(step, bad_terms, row[0], run))
+                    log.skip()
+                    optimizer.zero_grad()  # of the step ahead, to be computed once more as well
+                    update = None
+                    continue
+                scale.applied()
+                for ema in emas.values():
+                    ema.update(network, step + 1)
+                del begun[step]
+                step, stopped = step + 1, asked > 0
+                log.add(row)
+                bar.update()
+                if step % options.log_every == 0:
+                    write_metrics()
+                if options.preview_every and (step % options.preview_every == 0 or step == total_steps):
+                    write_preview()
+                if step % options.checkpointing_steps == 0 or step == total_steps or stopped:
+                    save_checkpoint()
 
-            # Forward and backward. Gradients add up to those of the mean over the process's whole batch.
-            sums, named_terms = 0, []
-            for i, batch in enumerate(micro_batches):
-                first = (rank * accumulation + i) * plan.micro_batch
-                rows = slice(first, first + plan.micro_batch)
-                moments = batch.moments.to(device, non_blocking=True)
-                labels = batch.labels.to(device, non_blocking=True)
-                x0 = sample_latents(moments, data.scaling_factor, latent_noise[rows])
-                with nullcontext() if i == accumulation - 1 else accelerator.no_sync(model):
-                    terms = loss_fn.drawn_terms(model, x0, labels, network.num_classes, draws.rows(rows))
-                    total = loss_fn.total(terms)
-                    accelerator.backward(total.sum() / per_process)
-                parts = [total.sum(), *terms.branch_velocity.sum(1), terms.acceleration.sum()]
-                sums = sums + torch.stack(parts).detach()
-                per_sample = {"velocity": terms.velocity.detach(), "acceleration": terms.acceleration.detach()}
-                named_terms.append((batch.indices, per_sample))
+            update = launch_update(ahead, gradients) if gradients and not stopped else None
 
-            # The only moment when the host waits for the device: one small vector, the same on all processes, that
-            # tells whether the step may be applied, what to log, and whether any process was asked to stop.
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
-            asked = torch.full((1,), float(stop.is_set()), device=device)
-            verdict = torch.cat([grad_norm.reshape(1), sums / per_process, asked])
-            *row, asked = accelerator.reduce(verdict, "mean").tolist()
-
-            # Guard. Nothing that is not finite reaches the weights, the average, or the counter.
-            if not all(map(math.isfinite, row)):
-                bad_terms = gather_object(guard.non_finite_terms(rank, named_terms))
-                skipped += 1
-                if bad_terms or scaler is None or skipped > MAX_SKIPPED:
-                    raise NonFiniteLoss(describe_failure(step, bad_terms, row[0], run))
-                optimizer.step()  # applies nothing: halves the loss scale
-                optimizer.zero_grad()
-                continue
-
-            # Update.
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(options, step, total_steps)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update(network)
-            step, skipped, stopped = step + 1, 0, asked > 0
-            bar.update()
-
-            # Log, save.
-            log.add(row)
-            if step % options.log_every == 0:
-                write_metrics()
-            if step % options.checkpointing_steps == 0 or step == total_steps or stopped:
-                if is_main:
-                    trainer = {"optimizer": optimizer.state_dict(), "log": log.state_dict()}
-                    trainer["scaler"] = None if scaler is None else scaler.state_dict()
-                    weights, metadata = network.state_dict(), describe_model(options, data, step)
-                    state = checkpointing.TrainingState(step, plan.experiment, weights, ema.state, trainer)
-                    checkpointing.save(run, state, config, metadata, options.keep_last)
-                accelerator.wait_for_everyone()
-
-        # ---- 4. The end --------------------------------------------------------------------------------------------
         finished = step >= total_steps
         if finished and log.window:
             write_metrics()
+
+    # ---- 5. The end ------------------------------------------------------------------------------------------------
+    averaged = {name: parallel.whole_weights(ema.model) for name, ema in emas.items()} if finished else {}
     if is_main and finished:
-        checkpoints.save(run / "ema.safetensors", ema.state, config, describe_model(options, data, step))
+        metadata = describe_model(options, data, step)
+        for name, file in checkpointing.average_files(averaged).items():
+            checkpoints.save(run / file, averaged[name], config, {**metadata, "ema": name})
         curves = logging.plot_losses(run)
-        print(
-            f"done after {step} steps: weights {run / 'ema.safetensors'}{f', loss curves {curves}' if curves else ''}"
-        )
+        where = f"weights {run / checkpoints.EMA_NAME}{f', loss curves {curves}' if curves else ''}"
+        print(f"done after {step} steps: {where}")
     elif is_main:
         print(f"stopped by a signal and saved at step {step}: the same command goes on from there")
     accelerator.end_training()
     return finished
 
 
-def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> Plan:
-    """Check the options against each other, the device, the data and the run's folder, without writing anything.
-
-    Options that were left to the device or the data (precision, resolution, classes) are filled in.
-
-    Raises:
-        UserError: for every contradiction, naming both values and the flag to change.
-    """
-    if options.mixed_precision is None:
-        options.mixed_precision = "fp16" if device.type == "cuda" else "no"
-    if options.mixed_precision == "fp16" and device.type == "cpu":
-        raise UserError("--mixed-precision fp16 needs a GPU and this run is on the CPU: choose bf16 or no")
-    parts = world * options.gradient_accumulation_steps
-    if options.batch_size % parts:
-        raise UserError(
-            f"--batch-size {options.batch_size} is not divisible by {parts} ({world} processes x "
-            f"--gradient-accumulation-steps {options.gradient_accumulation_steps}): use a multiple of {parts}"
-        )
-
-    data = open_latents(options.data_dir)
-    for name, found in {"resolution": data.manifest["resolution"], "num_classes": data.num_classes}.items():
-        given = getattr(options, name)
-        if given not in (None, found):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {given} given, but the dataset {data.path} has {found}: change or drop {flag}")
-        setattr(options, name, found)
-
-    with torch.device("meta"):  # checks the architecture and counts its parameters without taking memory
-        network = build_network(options, data)
-    if options.scale_weight is not None and len(options.scale_weight) != network.num_branches:
-        raise UserError(
-            f"--scale-weight {options.scale_weight} has {len(options.scale_weight)} entries, the model "
-            f"{network.num_branches} branches: give one weight each"
-        )
-    contents = dict(data.manifest)
-    if contents["vae_sha256"] is not None:
-        del contents["vae"]  # that is only a name, the checksum decides
-    digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-    experiment = {name: getattr(options, name) for name in EXPERIMENT}
-    run = Path(options.output_dir) / options.exp_name
-    return Plan(
-        run=run,
-        data=data,
-        config=network.config,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        experiment=experiment | network.config | {"data": f"{len(data)} samples, {digest[:12]}"},
-        total_steps=min(options.max_train_steps, math.ceil(options.epochs * len(data) / options.batch_size)),
-        micro_batch=options.batch_size // parts,
-        resume_from=checkpointing.find(run, options.resume, options.resume_step),
-    )
-
-
-def build_network(options: argparse.Namespace, data: LatentData) -> DeepFlow:
-    """The network that the options name, for the dataset's latents.
-
-    Raises:
-        UserError: for an unknown name, branches that do not cut the depth, or latents that are not square.
-    """
-    channels, height, width = data.latent_shape
-    if height != width:
-        raise UserError(f"the latents in {data.path} are {height} x {width}: encode square images")
-    return create_model(
-        options.model,
-        depth=options.trans_depth,
-        df_idxs=options.df_idxs,
-        num_classes=options.num_classes,
-        input_size=height,
-        in_channels=channels // 2,  # stored as mean and std
-        qk_norm=options.qk_norm,
-        legacy_scaling=options.legacy_scaling,
-    )
+def make_loss_scale(precision: str) -> guard.LossScale:
+    """The loss scale of a precision: only fp16 needs one."""
+    return guard.LossScale(dynamic=precision == "fp16")
 
 
 def noise_seed(seed: int, step: int) -> int:
@@ -320,36 +305,6 @@ def learning_rate(options: argparse.Namespace, step: int, total_steps: int) -> f
     if options.lr_schedule == "constant":
         return options.learning_rate
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-
-
-def describe_model(options: argparse.Namespace, data: LatentData, step: int) -> dict[str, Any]:
-    """What travels with the weights besides the architecture: all that sampling needs to know."""
-    return {
-        "model": options.model,
-        "step": step,
-        "path_type": options.path_type,
-        "resolution": options.resolution,
-        "vae": data.manifest["vae"],
-        "vae_sha256": data.manifest["vae_sha256"],
-        "scaling_factor": data.scaling_factor,
-        "class_names": data.class_names,
-        "class_counts": data.class_counts.tolist(),
-    }
-
-
-def describe(plan: Plan, options: argparse.Namespace, world: int, device: torch.device, step: int) -> str:
-    """The resolved run, for people."""
-    origin = f", from {plan.resume_from}" if plan.resume_from else ""
-    return "\n".join(
-        [
-            f"model      {options.model}, {plan.parameters / 1e6:.1f} M parameters: {plan.config}",
-            f"data       {plan.data.path}: {len(plan.data)} images of {options.resolution} px in "
-            f"{options.num_classes} classes, {len(plan.data) / options.batch_size:.1f} steps an epoch",
-            f"batch      {options.batch_size} = {world} processes x {options.gradient_accumulation_steps} "
-            f"accumulated x {plan.micro_batch}, precision {options.mixed_precision} on {device.type}",
-            f"run        {plan.run}, steps {step} to {plan.total_steps}{origin}",
-        ]
-    )
 
 
 def describe_failure(step: int, bad_terms: list[str], grad_norm: float, run: Path) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 
@@ -108,6 +110,7 @@ class DeepFlow(nn.Module):
             ssl_dim=ssl_dim,
         )
         self.num_classes = num_classes
+        self.checkpoint_activations = False  # compute blocks again in the backward, rather than keep what they made
         self.branches = list(pairwise([0, *df_idxs, depth]))  # (first block, end) of each branch
         self.num_branches = len(self.branches)
         gaps = self.num_branches - 1
@@ -154,6 +157,10 @@ class DeepFlow(nn.Module):
             if isinstance(module, OutputHead):
                 nn.init.zeros_(module.linear.weight)
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The parts to compile or to shard one by one: transformer and VeRA blocks."""
+        return [*self.blocks, *(self.df_blocks if self.num_branches > 1 else [])]
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> DeepFlowOutput:
         """All branches' answers for noisy latents `x` (N, C, H, W) and labels `y` (N,) in [0, num_classes].
 
@@ -178,18 +185,23 @@ class DeepFlow(nn.Module):
         output = DeepFlowOutput([], [], [])
         for i, (first, end) in enumerate(self.branches):
             for block in self.blocks[first:end]:
-                tokens = block(tokens, conditions[i])
+                tokens = self._through(block, tokens, conditions[i])
             if i == self.num_branches - 1:
                 output.velocities.append(self._image(self.final_layer[-1], tokens, conditions[i]))
                 break
             if not last_only:
                 output.velocities.append(self._image(self.final_layer[0], tokens, conditions[i]))
-            tokens, acceleration = self.df_blocks[i](tokens, x_tokens, gap_embeddings[i])
+            tokens, acceleration = self._through(self.df_blocks[i], tokens, x_tokens, gap_embeddings[i])
             if not last_only:
                 output.accelerations.append(self._image(self.final_acc_layer, acceleration, conditions[i]))
                 if self.config["ssl_dim"]:
                     output.projections.append(self.projectors[i](tokens))
         return DeepFlowOutput(*map(tuple, output))
+
+    def _through(self, block: nn.Module, *inputs: Tensor) -> Any:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random in it
+        return block(*inputs)
 
     def _image(self, head: OutputHead, tokens: Tensor, condition: Tensor) -> Tensor:
         return unpatchify(head(tokens, condition), self.config["patch_size"])

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from models import DeepFlow
 
+pytest_plugins = ["training_runs"]  # the fixtures of tests that train
+
 GOLDEN = Path(__file__).parent / "golden"
 
 torch.set_num_threads(1)

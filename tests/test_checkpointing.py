@@ -22,23 +22,25 @@ def network():
     return DeepFlow(hidden_size=16, depth=2, num_heads=2, num_classes=3, projector_dim=8, df_idxs=[1], input_size=4)
 
 
-def save(run, network, step, keep_last=None):
+def save(run, network, step, keep_last=None, keep_every=None):
     ema = {name: tensor + step for name, tensor in network.state_dict().items()}
     trainer = {"optimizer": {"state": {0: {"step": torch.tensor(float(step))}}}, "log": {"window": [[0.1, step]]}}
-    state = TrainingState(step, EXPERIMENT, network.state_dict(), ema, trainer)
-    return checkpointing.save(run, state, network.config, {"step": step}, keep_last)
+    averages = {"0.9": ema, "std0.1": {name: tensor + 1 for name, tensor in ema.items()}}
+    state = TrainingState(step, EXPERIMENT, network.state_dict(), averages, trainer)
+    return checkpointing.save(run, state, network.config, {"step": step}, keep_last, keep_every)
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path, network):
     folder = save(tmp_path, network, 500)
     assert folder == tmp_path / "checkpoints" / "step-0000500"
     assert {path.name for path in folder.iterdir()} == {
-        "model.safetensors", "ema.safetensors", "trainer.pt", "state.json"
+        "model.safetensors", "ema.safetensors", "ema-std0.1.safetensors", "trainer.pt", "state.json"
     }  # fmt: skip
     state = checkpointing.load(folder, EXPERIMENT)
     assert state.step == 500 and state.experiment == EXPERIMENT
     for name, tensor in network.state_dict().items():
-        assert torch.equal(state.model[name], tensor) and torch.equal(state.ema[name], tensor + 500)
+        assert torch.equal(state.model[name], tensor) and torch.equal(state.ema["0.9"][name], tensor + 500)
+        assert torch.equal(state.ema["std0.1"][name], tensor + 501)
     assert state.trainer["log"] == {"window": [[0.1, 500]]}
     assert state.trainer["optimizer"]["state"][0]["step"] == 500
 
@@ -53,6 +55,13 @@ def test_only_the_newest_are_kept(tmp_path, network):
     for step in (5, 10, 15):
         save(tmp_path, network, step, keep_last=2)
     assert saved_steps(tmp_path) == [10, 15]
+
+
+def test_every_mth_is_kept_beside_the_newest(tmp_path, network):
+    for step in (5, 10, 15, 20, 25):
+        save(tmp_path, network, step, keep_last=1, keep_every=10)
+    assert saved_steps(tmp_path) == [10, 20, 25]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
 
 
 def test_steps_beyond_seven_digits_sort_as_numbers(tmp_path):
@@ -111,7 +120,9 @@ def test_later_checkpoints_are_set_aside_not_lost(tmp_path, network):
     assert checkpointing.load(aside, EXPERIMENT).step == 15
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "trainer.pt", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "ema.safetensors", "ema-std0.1.safetensors", "trainer.pt", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_damage_is_told_in_one_line(tmp_path, network, name, damage):
     folder = save(tmp_path, network, 5)
@@ -156,4 +167,4 @@ def test_another_experiment_is_refused_naming_both_values(tmp_path, network, nam
 
 def test_the_summary_is_plain_json(tmp_path, network):
     summary = json.loads((save(tmp_path, network, 5) / "state.json").read_text())
-    assert summary == {"step": 5, "experiment": EXPERIMENT}
+    assert summary == {"step": 5, "averages": ["0.9", "std0.1"], "experiment": EXPERIMENT}

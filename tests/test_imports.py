@@ -21,7 +21,7 @@ ALLOWED = {
     "samplers": {"interpolant"},
     "dataset": {"file_layout"},
     "file_layout": set(),
-    "training": {"models", "training"},
+    "training": {"models", "training", "dataset", "generate", "evaluation"},
     "train": {"models", "loss", "dataset", "training", "generate", "evaluation"},
     "generate": {"models", "samplers", "interpolant"},
     "evaluation": {"evaluation"},

@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from training_runs import COUNT, assert_same_run, metrics_of, write_dataset
 
 import train
 from dataset import DataOrder
@@ -19,14 +17,10 @@ from errors import UserError
 from loss import DeepFlowLoss
 from models import checkpoints
 from preprocessing.pack import pack
-from preprocessing.packed_writer import packed_manifest, write_packed
-from training import options as train_options
 from training.checkpointing import saved_steps
 from training.ema import EMA
-from training.options import build_parser, parse_options
-
-ROOT = Path(train.__file__).parent
-COUNT = 23  # with batches of 8, a step in three crosses the end of an epoch
+from training.guard import LossScale
+from training.options import parse_options
 
 # The first 20 losses of a tiny run on the CPU. They change only if the method, the initialisation or the random
 # streams change: say why in the commit.
@@ -34,74 +28,6 @@ GOLDEN_LOSSES = [
     1.83365, 1.59932, 1.79850, 2.10400, 1.97369, 1.89958, 1.66480, 1.74717, 1.75172, 1.55861,
     1.62264, 1.61217, 1.87019, 1.97051, 1.71496, 1.63294, 1.61453, 1.45505, 1.51553, 1.57036,
 ]  # fmt: skip
-
-
-def write_dataset(dest, std=0.1, resolution=32, vae="assets/vae", vae_sha256="0" * 64):
-    """23 random latents of 4 x 4 in three classes."""
-    rng = np.random.default_rng(0)
-    moments = np.concatenate([rng.normal(size=(COUNT, 4, 4, 4)), np.full((COUNT, 4, 4, 4), std)], axis=1)
-    names, labels = [f"class/{index:02d}.png" for index in range(COUNT)], rng.integers(0, 3, COUNT)
-    facts = dict(latent_shape=(8, 4, 4), dtype="float32", vae=vae, vae_sha256=vae_sha256, scaling_factor=0.5)
-    manifest = packed_manifest(names, labels, ["a", "b", "c"], resolution=resolution, **facts)
-    write_packed(dest, manifest, [moments.astype(np.float32)], names, labels, shard_rows=10)
-    return dest
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "packed")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def command(data, tmp_path):
-    """A function that makes a command line: tiny run `name` on the tiny data, further flags win."""
-
-    def make(*flags, name="run", steps=10):
-        tiny = ["--model", "DeepFlow-Tiny/2", "--trans-depth", "2", "--df-idxs", "1", "--batch-size", "8"]
-        where = ["--data-dir", data, "--output-dir", tmp_path, "--exp-name", name]
-        pace = ["--max-train-steps", steps, "--log-every", "2", "--num-workers", "0"]
-        rate = ["--learning-rate", "1e-3", "--ema-decay", "0.9"]
-        return [str(word) for word in (*tiny, *where, *pace, *rate, *flags)]
-
-    return make
-
-
-@pytest.fixture
-def start(command):
-    """A function that trains in this process."""
-
-    def start(*flags, name="run", steps=10):
-        finished = train.train(parse_options(command(*flags, name=name, steps=steps)))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return finished
-
-    return start
-
-
-def metrics_of(run):
-    """Entries of metrics.jsonl without the speed, which no two runs share."""
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "images_per_second"} for entry in entries]
-
-
-def assert_same_run(one, other, step=10):
-    """Weights, average, optimizer and metrics agree bit for bit."""
-    folders = [run / "checkpoints" / f"step-{step:07d}" for run in (one, other)]
-    for name in ("model.safetensors", "ema.safetensors"):
-        weights, others = (load_file(folder / name) for folder in folders)
-        assert weights.keys() == others.keys()
-        assert all(torch.equal(weights[key], others[key]) for key in weights), name
-    states = [torch.load(folder / "trainer.pt", weights_only=True)["optimizer"] for folder in folders]
-    assert states[0]["param_groups"] == states[1]["param_groups"]
-    for moments, others in zip(states[0]["state"].values(), states[1]["state"].values(), strict=True):
-        assert all(torch.equal(moments[key], others[key]) for key in moments)
-    assert metrics_of(one) == metrics_of(other)
 
 
 # ---- resume
@@ -112,11 +38,11 @@ def test_ten_steps_equal_five_a_signal_and_five_more(start, tmp_path, monkeypatc
     assert start(*flags, name="whole")
     update = EMA.update
 
-    def interrupted(ema, model):
+    def interrupted(ema, model, step):
         interrupted.steps += 1
         if interrupted.steps == 5:  # in the middle of the second epoch, and of a line of the log
             os.kill(os.getpid(), signal.SIGTERM)
-        update(ema, model)
+        update(ema, model, step)
 
     interrupted.steps = 0
     with monkeypatch.context() as patch:
@@ -142,17 +68,16 @@ def test_steps_after_the_last_checkpoint_are_repeated_not_logged_twice(start, tm
     start(name="whole")
     update = EMA.update
 
-    def crashing(ema, model):
+    def crashing(ema, model, step):
         crashing.steps += 1
         if crashing.steps == 9:
             raise KeyboardInterrupt
-        update(ema, model)
+        update(ema, model, step)
 
     crashing.steps = 0
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(EMA, "update", crashing)
         start("--checkpointing-steps", "5", name="parts")
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert [entry["step"] for entry in metrics_of(tmp_path / "parts")] == [2, 4, 6, 8]
     start("--checkpointing-steps", "5", name="parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -233,24 +158,6 @@ def test_accumulation_changes_nothing_but_memory(start, tmp_path):
     assert [e["grad_norm"] for e in parts] == pytest.approx([e["grad_norm"] for e in whole], rel=1e-4)
 
 
-@pytest.mark.parametrize("flags", [(), ("--gradient-accumulation-steps", "2", "--mixed-precision", "bf16")])
-def test_two_processes_train_save_and_resume_as_one(command, start, tmp_path, flags):
-    precise = "bf16" not in flags
-    start(*flags[2:], name="one", steps=6)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for steps in (3, 6):
-        line = [*launch, "train.py", *command(*flags, name="two", steps=steps)]
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-    assert saved_steps(tmp_path / "two") == [3, 6]
-    for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
-        assert two == pytest.approx(one, rel=1e-4 if precise else 0.02)
-    one, two = (load_file(tmp_path / name / "ema.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5 if precise else 2e-3)
-
-
 def test_the_first_losses_are_the_golden_ones(start, tmp_path):
     start("--log-every", "1", steps=20)
     losses = [entry["loss"] for entry in metrics_of(tmp_path / "run")]
@@ -293,20 +200,8 @@ def test_a_gradient_that_is_not_finite_stops_as_well(start, tmp_path, monkeypatc
     assert saved_steps(tmp_path / "run") == []
 
 
-class LossScaling(train.Accelerator):
-    """fp16's loss scaling on the CPU, in full precision, from the highest power of two."""
-
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-        self.native_amp, self.state._mixed_precision = True, "fp16"
-
-    def prepare_model(self, model, **_):
-        return model
-
-
 class LargeLoss(DeepFlowLoss):
-    """Too large for that scale."""
+    """Times a scale of 2^70 too large: the square of its gradient's norm is beyond float32."""
 
     def total(self, terms):
         return 1024 * super().total(terms)
@@ -316,18 +211,20 @@ def test_a_step_that_fp16_skips_is_repeated_and_moves_nothing(start, tmp_path, m
     """Scales are powers of two: in full precision, all that loss scaling could change is by steps that it skips."""
     monkeypatch.setattr(train, "DeepFlowLoss", LargeLoss)
     start(name="plain")
-    monkeypatch.setattr(train, "Accelerator", LossScaling)
+    monkeypatch.setattr(train, "make_loss_scale", lambda precision: LossScale(base=2.0**70))
     start(name="scaled")
     plain, scaled = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "scaled")
-    assert len({entry["loss_scale"] for entry in scaled}) == 1 and scaled[0]["loss_scale"] < 2.0**127
-    assert [entry | {"loss_scale": 1.0} for entry in scaled] == plain
+    assert len({entry["loss_scale"] for entry in scaled}) == 1 and scaled[0]["loss_scale"] < 2.0**70
+    skipped = np.log2(2.0**70 / scaled[0]["loss_scale"])
+    assert scaled[0]["skipped_rate"] == skipped / (skipped + 2)
+    assert [entry | {"loss_scale": 1.0, "skipped_rate": 0.0} for entry in scaled] == plain
     weights, others = (load_file(tmp_path / name / "ema.safetensors") for name in ("plain", "scaled"))
     assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 def test_fp16_that_overflows_at_every_scale_stops(start, monkeypatch):
     monkeypatch.setattr(train, "DeepFlowLoss", SteepLoss)
-    monkeypatch.setattr(train, "Accelerator", LossScaling)
+    monkeypatch.setattr(train, "make_loss_scale", lambda precision: LossScale())
     with pytest.raises(train.NonFiniteLoss, match="step 0: finite loss, but gradient norm"):
         start()
 
@@ -408,65 +305,6 @@ def test_cosine_schedule():
 def test_noise_seeds_differ_between_steps_and_seeds():
     seeds = {train.noise_seed(seed, step) for seed in range(12) for step in range(50)}
     assert len(seeds) == 600
-
-
-# ---- the command line
-
-
-def test_every_flag_is_explained_and_read():
-    source = "".join(path.read_text() for path in (ROOT / "train.py", *(ROOT / "training").glob("*.py")))
-    for action in build_parser()._actions:
-        if action.dest != "help":
-            assert action.help, action.dest
-            assert f"options.{action.dest}" in source or action.dest in train_options.EXPERIMENT, action.dest
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"), [("8 16", [8, 16]), ("[8,16]", [8, 16]), ("[8, 16]", [8, 16]), ("[]", []), ("", [])]
-)
-def test_branch_lists_in_either_spelling(words, expected):
-    required = ["--exp-name", "x", "--data-dir", "x"]
-    assert parse_options([*required, "--df-idxs", *words.split()]).df_idxs == expected
-    assert parse_options([*required, "--df-idxs", words]).df_idxs == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--trans-depth", "3", "--df-idxs", "2", "1"), "strictly increasing"),
-        (("--df-idxs", "5"), "must lie in 1..1"),
-        (("--df-idxs", "1.5"), "--df-idxs '1.5' given, expected integers"),
-        (("--scale-weight", "1.0"), "2 branches"),
-        (("--scale-weight", "1", "nan"), "--scale-weight"),
-        (("--model", "DiT-XL/2"), "unknown model"),
-        (("--model", "SiT-Tiny/2"), "one branch"),
-        (("--path-type", "spiral"), "--path-type"),
-        (("--weighting", "gaussian"), "--weighting"),
-        (("--batch-size", "0"), "argument --batch-size: '0' given, expected an integer"),
-        (("--batch-size", "ten"), "--batch-size"),
-        (("--gradient-accumulation-steps", "3"), "--batch-size 8 is not divisible by 3"),
-        (("--resolution", "256"), "--resolution 256 given, but the dataset"),
-        (("--num-classes", "1000"), "--num-classes 1000 given, but the dataset"),
-        (("--mixed-precision", "fp16"), "choose bf16 or no"),
-        (("--cfg-prob", "1.5"), "--cfg-prob"),
-        (("--ema-decay", "1"), "--ema-decay"),
-        (("--learning-rate", "nan"), "--learning-rate"),
-        (("--data-dir", "/nowhere"), "/nowhere"),
-        (("--exp-name", "a/b"), "--exp-name"),
-        (("--resume-step", "5"), "--resume-step 5, but"),
-        (("--ema-param", "0.9"), "unrecognized arguments: --ema-param 0.9"),
-        (("--batch", "8"), "unrecognized arguments: --batch"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(command, tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["train.py", *command(*flags)])
-    with pytest.raises(SystemExit) as exit:
-        train.main()
-    error = capsys.readouterr().err
-    assert exit.value.code == 2
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_signal_has_its_own_exit_code(command, monkeypatch):

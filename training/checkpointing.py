@@ -3,11 +3,13 @@
     RUN/checkpoints/step-0000500/
         model.safetensors    the weights
         ema.safetensors      their average, with the architecture in its metadata: what `generate.py` reads
-        trainer.pt           optimizer and loss-scaler state, metrics not yet logged (read with weights_only)
+        ema-NAME.safetensors further averages, if any
+        trainer.pt           optimizer and loss-scale state, metrics not yet logged (read with weights_only)
         state.json           step, and the options that define the experiment
 
 A folder of that name is complete: it is written under another name, flushed to the disk, then renamed. Noise, times
-and data order are functions of seed and step, so there is no random state to keep.
+and data order are functions of seed and step, so there is no random state to keep. All tensors are whole, by the names
+of the weights: what many processes wrote, sharded or not, one may read.
 """
 
 import json
@@ -15,7 +17,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,7 @@ class TrainingState(NamedTuple):
     step: int  # optimizer steps done
     experiment: dict[str, Any]  # the options that a resumed run must share
     model: dict[str, Tensor]
-    ema: dict[str, Tensor]
+    ema: dict[str, dict[str, Tensor]]  # averages by name, the main one first
     trainer: dict[str, Any]  # tensors, numbers, strings and containers of them
 
 
@@ -50,12 +52,21 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def save(
-    run: Path, state: TrainingState, config: dict[str, Any], metadata: dict[str, Any], keep_last: int | None
-) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep_last` (None: keep all). One process calls it.
+def average_files(names: Iterable[str]) -> dict[str, str]:
+    """File names of the averages: the first is the one that `generate.py` looks for in a folder."""
+    return {name: f"ema-{name}.safetensors" if i else model_files.EMA_NAME for i, name in enumerate(names)}
 
-    `config` and `metadata` travel in `ema.safetensors`.
+
+def save(
+    run: Path,
+    state: TrainingState,
+    config: dict[str, Any],
+    metadata: dict[str, Any],
+    keep_last: int | None,
+    keep_every: int | None = None,
+) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep_last` (None: keep all) and those of every
+    `keep_every`-th step. One process calls it. `config` and `metadata` travel with the averages.
 
     Raises:
         UserError: if it cannot be written, for example on a full disk; earlier checkpoints are as they were.
@@ -67,9 +78,10 @@ def save(
             shutil.rmtree(left_by_a_crash)
         partial.mkdir(parents=True)
         model_files.save(partial / "model.safetensors", state.model, config, metadata)
-        model_files.save(partial / "ema.safetensors", state.ema, config, metadata)
+        for name, file in average_files(state.ema).items():
+            model_files.save(partial / file, state.ema[name], config, {**metadata, "ema": name})
         torch.save(state.trainer, partial / "trainer.pt")
-        summary = {"step": state.step, "experiment": state.experiment}
+        summary = {"step": state.step, "averages": list(state.ema), "experiment": state.experiment}
         (partial / "state.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
@@ -83,8 +95,17 @@ def save(
             "free space there and run the same command again"
         ) from error
     for step in saved_steps(run)[: -keep_last if keep_last else 0]:
-        shutil.rmtree(folder_of(run, step))
+        if not keep_every or step % keep_every:
+            delete(folder_of(run, step))
     return final
+
+
+def delete(folder: Path) -> None:
+    """Remove a checkpoint so that no moment shows half of it under its name."""
+    doomed = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.replace(doomed)
+    shutil.rmtree(doomed)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -113,7 +134,10 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
             step=summary["step"],
             experiment=summary["experiment"],
             model=model_files.read(folder / "model.safetensors").weights,
-            ema=model_files.read(folder / "ema.safetensors").weights,
+            ema={
+                name: model_files.read(folder / file).weights
+                for name, file in average_files(summary["averages"]).items()
+            },
             trainer=torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True),
         )
     except UserError:

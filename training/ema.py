@@ -1,52 +1,62 @@
-"""Exponential moving average of the weights (the paper samples from decay 0.9999)."""
+"""Moving averages of the weights (the paper samples from one of decay 0.9999)."""
 
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
+
+from training.parallel import local
 
 
 class EMA:
-    """A running average of `model`'s state: parameters are averaged, buffers are copied.
+    """A running average of `model`: parameters are averaged, buffers are copied.
 
-    Make it after the weights are in sync (loaded, and broadcast to all processes), from the unwrapped model.
-    `state` is then a state dict with the model's own keys.
+    Make it after the weights are in sync (loaded, and broadcast to all processes), from the module that neither DDP nor
+    FSDP has touched. `model` is then a copy of it that holds the average; where the one is sharded, shard the other.
 
     Args:
         model: the model to follow; its weights are the first average.
-        decay: weight of the past in every update, in [0, 1).
+        decay: weight of the past in an update, in [0, 1), or a function from the steps done to it.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.state: dict[str, Tensor] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    def __init__(self, model: nn.Module, decay: float | Callable[[int], float]) -> None:
+        self.decay = decay if callable(decay) else lambda step: decay
+        self.model = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """One step: average = decay * average + (1 - decay) * weights, in few launches over all tensors.
+    def update(self, model: nn.Module, step: int) -> None:
+        """After `step` steps: average = decay * average + (1 - decay) * weights, in few launches over all tensors.
 
         Raises:
             KeyError: if the model's keys are not those the average was made from.
         """
-        current = model.state_dict()
-        require_equal_keys(self.state, current)
-        averaged = [name for name, _ in model.named_parameters()]
-        torch._foreach_lerp_(
-            [self.state[name] for name in averaged], [current.pop(name) for name in averaged], 1 - self.decay
-        )
+        average, current = self.model.state_dict(), model.state_dict()
+        require_equal_keys(average, current)
+        names = [name for name, _ in model.named_parameters()]
+        weights = [local(current.pop(name)) for name in names]
+        torch._foreach_lerp_([local(average[name]) for name in names], weights, 1 - self.decay(step))
         for name, buffer in current.items():
-            self.state[name].copy_(buffer)
+            average[name].copy_(buffer)
 
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a saved average.
 
-        Raises:
-            KeyError: if its keys are not those of this average.
-        """
-        require_equal_keys(self.state, state)
-        for name, tensor in state.items():
-            self.state[name].copy_(tensor)
+def averages(model: nn.Module, decays: Sequence[float], stds: Sequence[float]) -> dict[str, EMA]:
+    """One average for each decay, named by it, and for each power profile, named `std` and its width."""
+    profiles = {f"{decay:g}": decay for decay in decays} | {f"std{std:g}": power_function(std) for std in stds}
+    return {name: EMA(model, decay) for name, decay in profiles.items()}
+
+
+def power_function(std: float) -> Callable[[int], float]:
+    """The decay (1 - 1 / step)^(gamma + 1), whose profile over the past is a power function of step.
+
+    `std` in (0, 0.28) is the profile's width relative to the length of training; gamma is the positive solution of
+    std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, "Analyzing and improving the training
+    dynamics of diffusion models", Eq. 123-127).
+    """
+    gamma = brentq(lambda g: (g + 1) / ((g + 2) ** 2 * (g + 3)) - std**2, 0, 1e6)
+    return lambda step: math.exp((gamma + 1) * math.log1p(-1 / step)) if step > 1 else 0.0
 
 
 def require_equal_keys(average: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:

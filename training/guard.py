@@ -1,14 +1,79 @@
-"""What ends a run early: a loss that is not finite, and the scheduler's signals."""
+"""What keeps a run sound: the verdict on each step, the loss scale of fp16, and the scheduler's signals.
+
+A step's verdict is a few numbers, the same on all processes. The device computes them and lets the optimizer's kernel
+apply the step only if all are finite; the host reads them while the device is busy with the next step, and so is never
+waited for.
+"""
 
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Event
 
 import torch
 from torch import Tensor
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+MAX_SKIPPED = 30  # halvings of the loss scale in a row, after which no scale will do
+
+
+class Verdict:
+    """Numbers on their way from the device to the host: `read` waits for them, and only for them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values.clone()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
+
+
+@dataclass
+class LossScale:
+    """The factor that keeps fp16 gradients in range: halved when a step overflowed, doubled after 2000 good steps.
+
+    Attributes:
+        base: the factor after the latest halving, a power of two; 1 for good where nothing can overflow.
+        good: steps applied since then.
+        skipped: attempts in a row that were not applied.
+    """
+
+    base: float = 2.0**16
+    dynamic: bool = True
+    good: int = 0
+    skipped: int = 0
+    growth_interval = 2000
+
+    def value(self, ahead: int = 0) -> float:
+        """The factor of the next step, or of one `ahead` of it, provided that those before are applied."""
+        return self.base * 2.0 ** ((self.good + ahead) // self.growth_interval) if self.dynamic else 1.0
+
+    def applied(self) -> None:
+        """A step was applied."""
+        self.good, self.skipped = self.good + 1, 0
+
+    def overflowed(self) -> bool:
+        """A step was not applied; whether another attempt, with half the factor, makes sense."""
+        self.base, self.good, self.skipped = self.value() / 2, 0, self.skipped + 1
+        return self.dynamic and self.skipped <= MAX_SKIPPED
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"base": self.base, "good": self.good}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from `state_dict`."""
+        self.base, self.good = state["base"], state["good"]
 
 
 def non_finite_terms(rank: int, terms: Iterable[tuple[Tensor, dict[str, Tensor]]], limit: int = 8) -> list[str]:

@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -12,23 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from files import write_text, written_aside
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
+SPIKE, MEMORY = 2.0, 0.99  # see `MetricLog`
+STATE = ("window", "logged_step", "usual_loss", "spikes", "skipped")
+
+
+def code_commit() -> str | None:
+    """The commit of this code, with `+` where files were changed since; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write_options(run: Path, options: dict[str, Any], config: dict[str, Any]) -> None:
     """`options.json`: options as resolved, architecture, commit of this code, versions."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    record = {"options": options, "config": config, "commit": commit, "versions": versions}
+    record = {"options": options, "config": config, "commit": code_commit(), "versions": versions}
     write_text(run / "options.json", json.dumps(record, indent=1))
 
 
@@ -39,17 +49,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def truncate_metrics(run: Path, step: int) -> None:
-    """Drop the entries after `step`: the resumed run writes them again."""
-    kept = [entry for entry in read_metrics(run) if entry["step"] <= step]
+def truncate_metrics(run: Path, logged_step: int, step: int) -> None:
+    """Drop what a run resumed at `step` writes again: averages after `logged_step`, scores of previews after `step`."""
+    kept = [entry for entry in read_metrics(run) if entry["step"] <= (logged_step if "loss" in entry else step)]
     write_text(run / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 class MetricLog:
     """Averages rows of metrics, one row a step, and measures the speed.
 
+    A spike is a step whose loss is more than `SPIKE` times the running average of the losses before it.
+
     Args:
-        columns: names of a row's numbers.
+        columns: names of a row's numbers, `loss` among them.
         step: steps done before the first row.
         batch_size: images a step.
     """
@@ -58,38 +70,79 @@ class MetricLog:
         self.columns, self.batch_size = columns, batch_size
         self.window: list[list[float]] = []
         self.logged_step = 0  # steps up to here are in metrics.jsonl
+        self.usual_loss: float | None = None  # running average, over about 1 / (1 - MEMORY) steps
+        self.spikes = self.skipped = 0  # since the last entry
         self.timed_from = step, time.perf_counter()
 
     def add(self, row: list[float]) -> None:
         """Take in the metrics of one step, already the same on all processes."""
         self.window.append(row)
+        loss = row[self.columns.index("loss")]
+        usual = loss if self.usual_loss is None else self.usual_loss
+        self.spikes += loss > SPIKE * usual > 0
+        self.usual_loss = MEMORY * usual + (1 - MEMORY) * loss
+
+    def skip(self) -> None:
+        """Take note of an attempt that overflowed in fp16."""
+        self.skipped += 1
 
     def average(self, step: int, **more: float) -> dict[str, float]:
         """The means over all rows since the last call, with `more` and images per second, as one entry."""
         means = dict(zip(self.columns, np.mean(self.window, axis=0).tolist(), strict=True))
+        rates = {
+            "loss_max": max(row[self.columns.index("loss")] for row in self.window),
+            "loss_spikes": self.spikes,
+            "skipped_rate": self.skipped / (self.skipped + len(self.window)),
+        }
         first_step, start = self.timed_from
         self.timed_from = step, time.perf_counter()
         speed = (step - first_step) * self.batch_size / (self.timed_from[1] - start)
-        self.window, self.logged_step = [], step
-        return {"step": step, **means, **more, "images_per_second": speed}
+        self.window, self.logged_step, self.spikes, self.skipped = [], step, 0, 0
+        return {"step": step, **means, **rates, **more, "images_per_second": speed}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run writes the lines that the uninterrupted one would."""
-        return {"window": self.window, "logged_step": self.logged_step}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.window, self.logged_step = state["window"], state["logged_step"]
+        for name in STATE:
+            setattr(self, name, state[name])
 
 
-def start_trackers(accelerator: Accelerator, options: argparse.Namespace, run: Path) -> None:
-    """Begin reporting where `--report-to` says. Weights & Biases without a login records offline, into the run."""
-    if options.report_to == "wandb" and accelerator.is_main_process:
+def memory_gib(device: torch.device) -> float:
+    """The most memory that tensors have taken on the device so far, or the process on the CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
+
+
+def make_accelerator(options: argparse.Namespace, run: Path) -> Accelerator:
+    """Accelerate with the precision and the tracker of the options, reporting already.
+
+    What a tracker keeps on disk goes to `--logging-dir` in the run. Weights & Biases without a login records offline.
+    """
+    folder = run / options.logging_dir
+    tracker = None if options.report_to == "none" else options.report_to
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with=tracker,
+        project_config=ProjectConfiguration(str(run), logging_dir=str(folder)),
+    )
+    if tracker is None or not accelerator.is_main_process:
+        return accelerator
+    folder.mkdir(parents=True, exist_ok=True)
+    # TensorBoard takes plain values only.
+    settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
+    keywords = {}
+    if tracker == "wandb":
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-        settings = {"name": options.exp_name, "dir": str(run), "mode": mode}
-        accelerator.init_trackers("deepflow", vars(options), {"wandb": settings})
+        keywords = {"wandb": {"name": options.exp_name, "dir": str(folder), "mode": mode}}
+    accelerator.init_trackers("deepflow", settings, keywords)
+    return accelerator
 
 
 def append_metrics(run: Path, entry: dict[str, Any]) -> None:
@@ -102,7 +155,7 @@ def plot_losses(run: Path) -> Path | None:
     """Draw `loss.png`: the velocity loss of each branch and the acceleration loss over the steps; None without any."""
     from matplotlib.figure import Figure  # a second of import time that only the end of a run needs to spend
 
-    entries = read_metrics(run)
+    entries = [entry for entry in read_metrics(run) if "loss" in entry]
     if not entries:
         return None
     figure = Figure(figsize=(7, 4.5))

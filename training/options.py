@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from errors import OneLineParser, UserError
 
@@ -18,6 +19,7 @@ EXPERIMENT = (
     "scale_weight",
     "acc_coeff",
     "ema_decay",
+    "ema_std",
 )
 
 
@@ -65,8 +67,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume-step", type=number(int, 1), help="go on from this step's checkpoint; later ones are set aside")
     add("--checkpointing-steps", type=number(int, 1), default=50_000, help="optimizer steps between checkpoints")
     add("--keep-last", type=number(int, 1), help="newest checkpoints to keep (default: all)")
+    add(
+        "--keep-every",
+        type=number(int, 1),
+        metavar="M",
+        help="with --keep-last: also keep every M-th step's checkpoint",
+    )
     add("--log-every", type=number(int, 1), default=100, help="optimizer steps averaged in a line of metrics.jsonl")
-    add("--report-to", choices=["none", "wandb"], default="none", help="also report metrics to this service")
+    add("--report-to", choices=["none", "wandb", "tensorboard"], default="none", help="also report metrics there")
+    add("--logging-dir", default="logs", help="folder in the run's own for what --report-to keeps on disk")
     add("--dry-run", action="store_true", help="print the resolved run and stop")
 
     group = parser.add_argument_group("model")
@@ -79,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resolution", type=number(int, 8), help="image side, pixels (default: the dataset's)")
     add("--qk-norm", action=boolean, default=False, help="normalise queries and keys")
     add("--legacy-scaling", action=boolean, default=False, help="clamp the time-gap scale to [-5, 5]")
+
+    add("--fused-attn", action=boolean, default=True, help="fused attention kernels; without: softmax written out")
 
     group = parser.add_argument_group("data")
     add = group.add_argument
@@ -111,11 +122,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adam-weight-decay", type=number(float, 0), default=0.0, help="decoupled weight decay")
     add("--adam-epsilon", type=number(float, 0), default=1e-8, help="AdamW's epsilon")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="clip the gradient's norm; 0: never")
-    add("--ema-decay", type=number(float, 0, 1, below=True), default=0.9999, help="decay of the weight average")
+    add("--ema-decay", type=number(float, 0, 1, below=True), nargs="*", default=[0.9999], metavar="D",
+        help="decay of the weight average, or several: the first is ema.safetensors")  # fmt: skip
+    add("--ema-std", type=number(float, 0.01, 0.28), nargs="*", default=[], metavar="S",
+        help="averages of power-function profile too, by their width relative to the run's length")  # fmt: skip
     add("--mixed-precision", choices=["no", "fp16", "bf16"], help="precision of the network's forward and backward "
         "(default: fp16 on a GPU, else no)")  # fmt: skip
+    add("--activation-checkpointing", action=boolean, default=False, help="compute blocks again in the backward "
+        "rather than keep their activations: a third more time, a fraction of the memory")  # fmt: skip
+    add("--compile", action=boolean, default=False, help="compile each block (torch.compile): slow start, faster steps")
     add("--allow-tf32", action=boolean, default=False, help="TF32 matrix products: faster, less exact")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, data order, times and noise")
+
+    group = parser.add_argument_group("previews")
+    add = group.add_argument
+    add("--preview-every", type=number(int, 1), metavar="N", help="optimizer steps between grids of samples from the "
+        "average, in previews/ (default: none)")  # fmt: skip
+    add("--preview-samples", type=number(int, 1), default=40, help="images of a preview")
+    add("--preview-cfg-scale", type=number(float, 0), default=1.5, help="classifier-free guidance scale of previews")
+    add("--preview-vae", help="VAE that decodes them, a local folder or hub name (default: the data's own)")
+    add("--preview-reference", metavar="REF.npz", help="also log the Frechet distance of the previews to these images")
+    add("--preview-features", choices=["inception", "demo"], default="inception", help="feature network of that "
+        "distance")  # fmt: skip
+    add("--preview-feature-weights", metavar="FILE", help="its weights (default: its own, or by download)")
     return parser
 
 
@@ -132,6 +161,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--scale-weight {options.scale_weight} given, expected weights of 0 or more")
     if options.exp_name in {"", ".", ".."} or set(options.exp_name) & set("/\\"):
         raise UserError(f"--exp-name {options.exp_name!r} given, expected the name of one folder")
-    if options.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise UserError("--report-to wandb given, but wandb is not installed: pip install wandb")
+    if Path(options.logging_dir).is_absolute() or ".." in Path(options.logging_dir).parts:
+        raise UserError(f"--logging-dir {options.logging_dir!r} given, expected a folder inside the run's")
+    if not options.ema_decay + options.ema_std:
+        raise UserError("--ema-decay without a value and no --ema-std: give at least one average")
+    for flag, values in {"--ema-decay": options.ema_decay, "--ema-std": options.ema_std}.items():
+        if len({f"{value:g}" for value in values}) < len(values):
+            raise UserError(f"{flag} {values} given, expected values that differ in six digits")
+    if options.keep_every and not options.keep_last:
+        raise UserError(f"--keep-every {options.keep_every} without --keep-last keeps all: give both, or neither")
+    if options.preview_reference and not options.preview_every:
+        raise UserError("--preview-reference given without --preview-every: say how often to preview")
+    if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
+        raise UserError(
+            f"--report-to {options.report_to} given, but it is not installed: pip install {options.report_to}"
+        )
     return options

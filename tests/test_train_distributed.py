@@ -1,0 +1,77 @@
+"""Two processes on the CPU train as one does, replicated or sharded, and go on from each other's checkpoints."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import assert_same_run, metrics_of
+
+from training.checkpointing import saved_steps
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true"}  # what `accelerate launch --use_fsdp` sets
+
+
+def assert_alike(one, other, step, relative=1e-4, absolute=2e-5):
+    """The same to rounding: metrics and average."""
+    for entry, others in zip(metrics_of(one), metrics_of(other), strict=True):
+        assert others == pytest.approx(entry, rel=relative)
+    assert_same_weights(one, other, step, "ema", absolute)
+
+
+def assert_same_weights(one, other, step, name, absolute=2e-5):
+    """The same to rounding: one file of weights."""
+    files = [run / "checkpoints" / f"step-{step:07d}" / f"{name}.safetensors" for run in (one, other)]
+    weights, others = map(load_file, files)
+    assert weights.keys() == others.keys()
+    for key, tensor in weights.items():
+        torch.testing.assert_close(others[key], tensor, rtol=0, atol=absolute)
+
+
+@pytest.mark.parametrize("flags", [(), ("--gradient-accumulation-steps", "2", "--mixed-precision", "bf16")])
+def test_two_processes_train_save_and_resume_as_one(torchrun, start, tmp_path, flags):
+    start(*flags[2:], name="one", steps=6)
+    for steps in (3, 6):
+        torchrun(*flags, name="two", steps=steps)
+    assert saved_steps(tmp_path / "two") == [3, 6]
+    if "bf16" in flags:
+        assert_alike(tmp_path / "one", tmp_path / "two", 6, 0.02, 2e-3)
+    else:
+        assert_alike(tmp_path / "one", tmp_path / "two", 6)
+
+
+def test_ten_steps_on_two_processes_equal_five_and_five_more_bit_for_bit(torchrun, tmp_path):
+    torchrun(name="whole")
+    for steps in (5, 10):
+        torchrun(name="parts", steps=steps)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_gradients_of_two_processes_are_those_of_one(torchrun, start, tmp_path):
+    """After one step AdamW's first moment is a tenth of the gradient."""
+    start(name="one", steps=1)
+    start("--gradient-accumulation-steps", "4", name="parts", steps=1)
+    torchrun(name="two", steps=1)
+    gradients = [
+        torch.load(tmp_path / name / "checkpoints" / "step-0000001" / "trainer.pt", weights_only=True)["optimizer"]
+        for name in ("one", "parts", "two")
+    ]
+    for name, moments in gradients[0]["state"].items():
+        for others in gradients[1:]:
+            torch.testing.assert_close(others["state"][name]["exp_avg"], moments["exp_avg"], rtol=1e-4, atol=1e-8)
+    losses = [metrics_of(tmp_path / name)[0]["loss"] for name in ("one", "parts", "two")]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
+
+
+def test_sharded_training_is_replicated_training_and_either_resumes_the_other(torchrun, start, tmp_path):
+    flags = ("--ema-std", "0.1", "--gradient-accumulation-steps", "2", "--activation-checkpointing")
+    one, fsdp, mixed = (tmp_path / name for name in ("one", "fsdp", "mixed"))
+    start("--ema-std", "0.1", name="one", steps=9)
+    assert "on cpu, sharded" in torchrun(*flags, name="fsdp", steps=9, **SHARDED)
+    assert_alike(one, fsdp, 9)
+    torchrun(*flags, name="mixed", steps=3, **SHARDED)
+    assert "on cpu, sharded" not in torchrun(*flags, name="mixed", steps=6)
+    torchrun(*flags, name="mixed", steps=9, **SHARDED)
+    assert saved_steps(mixed) == [3, 6, 9]
+    for name in ("model", "ema", "ema-std0.1"):
+        assert_same_weights(one, mixed, 9, name)
+    losses, others = ({entry["step"]: entry["loss"] for entry in metrics_of(run)} for run in (one, mixed))
+    assert all(others[step] == pytest.approx(losses[step], rel=1e-4) for step in (2, 4, 6, 8))

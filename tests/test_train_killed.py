@@ -1,0 +1,93 @@
+"""Runs killed -9 at random moments and started again until done: nothing is lost, nothing differs.
+
+DEEPFLOW_KILLED_RUNS=100 python -m pytest tests/test_train_killed.py        as many as that, where the default is a few
+"""
+
+import os
+import random
+import re
+import shutil
+import signal
+
+import pytest
+from sample_data import start as start_process
+from training_runs import assert_same_run
+
+import train
+from training.checkpointing import saved_steps
+from training.options import parse_options
+
+RUNS = int(os.environ.get("DEEPFLOW_KILLED_RUNS", "5"))
+EVERY = 3  # steps between checkpoints
+
+
+def first_step_of(log):
+    """The step at which an attempt began, as it said; None if it was killed before."""
+    match = re.search(r"steps (\d+) to", log.read_text())
+    return match and int(match[1])
+
+
+def test_killed_runs_lose_no_more_than_since_the_last_checkpoint(command, tmp_path):
+    flags = ("--checkpointing-steps", EVERY, "--keep-last", "2")
+
+    def work(name, log):
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        train.train(parse_options(command(*flags, name=name, steps=10)))
+
+    whole = start_process(work, "whole", tmp_path / "whole.log")
+    whole.join()
+    assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
+    moments, kills = random.Random(0), 0
+    for number in range(RUNS):
+        name, log = f"run{number}", tmp_path / f"run{number}.log"
+        run, reached = tmp_path / name, 0
+        while True:
+            before = max(saved_steps(run), default=0)
+            process = start_process(work, name, log)
+            process.join(moments.uniform(0.05, 1.2))
+            alive = process.is_alive()
+            process.kill()
+            process.join()
+            kills += alive
+            assert first_step_of(log) in (None, before) and reached - before <= EVERY
+            if not alive:
+                assert process.exitcode == 0, log.read_text()
+                break
+            assert process.exitcode == -signal.SIGKILL
+            reached = max([before, *map(int, steps_logged(run))])
+        assert_same_run(tmp_path / "whole", run)
+        shutil.rmtree(run)
+    print(f"{RUNS} runs, killed {kills} times")
+    assert kills >= RUNS // 2
+
+
+def steps_logged(run):
+    """Steps that reached metrics.jsonl, a line cut short by the kill left out."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [line.split('"step": ')[1].split(",")[0] for line in lines if line.endswith("\n")]
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5, 1.0])
+def test_deleting_old_checkpoints_is_safe_at_any_moment(tmp_path, monkeypatch, late):
+    """A kill in the middle of a deletion leaves a checkpoint whole, or out of sight."""
+    from training import checkpointing
+
+    folder = checkpointing.folder_of(tmp_path, 5)
+    folder.mkdir(parents=True)
+    for number in range(4):
+        (folder / str(number)).write_bytes(b"x")
+
+    def cut_short(path, **_):
+        for file in sorted(path.iterdir())[: int(4 * late)]:
+            file.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpointing.shutil, "rmtree", cut_short)
+    with pytest.raises((KeyboardInterrupt, FileNotFoundError)):
+        checkpointing.delete(folder)
+    assert saved_steps(tmp_path) in ([], [5])
+    if saved_steps(tmp_path):
+        assert len(list(folder.iterdir())) == 4

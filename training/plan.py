@@ -1,0 +1,239 @@
+"""A run as resolved before it begins: options checked against each other, the device, the data and the run's folder."""
+
+import argparse
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from dataset import LatentData, open_latents
+from errors import UserError
+from models import DeepFlow, create_model
+from training import checkpointing
+from training.options import EXPERIMENT
+from training.parallel import is_sharded
+
+# What a dry run assumes where there is no data yet: ImageNet's training set in the SD-VAE's latents.
+ASSUMED = {"resolution": 256, "num_classes": 1000}
+ASSUMED_IMAGES = 1_281_167
+SD_REDUCTION, SD_CHANNELS = 8, 4
+
+# Dense fp16 or bf16 operations a second, by a part of the device's name, the more specific ones first.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "A6000": 155e12,
+    "V100": 125e12,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as resolved from options, data and what an earlier run of the same name left."""
+
+    run: Path
+    data: LatentData | None  # None only in a dry run whose data is missing
+    missing: str | None  # then, the line that says so
+    images: int  # in the data
+    config: dict[str, Any]  # the network's architecture
+    parameters: int
+    experiment: dict[str, Any]  # what a resumed run must share
+    total_steps: int
+    micro_batch: int  # images of one process in one forward
+    resume_from: Path | None
+
+
+class Work(NamedTuple):
+    """What one image costs in a training step."""
+
+    macs: int  # multiply-adds of the forward
+    activation_bytes: float  # kept from the forward for the backward, in the precision asked for
+
+
+def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> Plan:
+    """Check everything without writing anything, and fill in what was left to the device or the data.
+
+    Raises:
+        UserError: for every contradiction, naming both values and the flag to change.
+    """
+    if options.mixed_precision is None:
+        options.mixed_precision = "fp16" if device.type == "cuda" else "no"
+    if options.mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("--mixed-precision fp16 needs a GPU and this run is on the CPU: choose bf16 or no")
+    parts = world * options.gradient_accumulation_steps
+    if options.batch_size % parts:
+        raise UserError(
+            f"--batch-size {options.batch_size} is not divisible by {parts} ({world} processes x "
+            f"--gradient-accumulation-steps {options.gradient_accumulation_steps}): use a multiple of {parts}"
+        )
+
+    data, missing = None, None
+    try:
+        data = open_latents(options.data_dir)
+    except UserError as error:
+        if not options.dry_run:
+            raise
+        missing = str(error)
+    found = ASSUMED if data is None else {"resolution": data.manifest["resolution"], "num_classes": data.num_classes}
+    for name, value in found.items():
+        given = getattr(options, name)
+        if data is not None and given not in (None, value):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {given} given, but the dataset {data.path} has {value}: change or drop {flag}")
+        setattr(options, name, value if given is None else given)
+
+    with torch.device("meta"):  # checks the architecture and counts its parameters without taking memory
+        network = build_network(options, data)
+    if options.scale_weight is not None and len(options.scale_weight) != network.num_branches:
+        raise UserError(
+            f"--scale-weight {options.scale_weight} has {len(options.scale_weight)} entries, the model "
+            f"{network.num_branches} branches: give one weight each"
+        )
+    images = ASSUMED_IMAGES if data is None else len(data)
+    run = Path(options.output_dir) / options.exp_name
+    return Plan(
+        run=run,
+        data=data,
+        missing=missing,
+        images=images,
+        config=network.config,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        experiment={name: getattr(options, name) for name in EXPERIMENT} | network.config | {"data": identity(data)},
+        total_steps=min(options.max_train_steps, math.ceil(options.epochs * images / options.batch_size)),
+        micro_batch=options.batch_size // parts,
+        resume_from=checkpointing.find(run, options.resume, options.resume_step),
+    )
+
+
+def identity(data: LatentData | None) -> str | None:
+    """What tells one dataset from another, wherever it lies."""
+    if data is None:
+        return None
+    contents = dict(data.manifest)
+    if contents["vae_sha256"] is not None:
+        del contents["vae"]  # that is only a name, the checksum decides
+    digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    return f"{len(data)} samples, {digest[:12]}"
+
+
+def build_network(options: argparse.Namespace, data: LatentData | None) -> DeepFlow:
+    """The network that the options name, for the dataset's latents.
+
+    Raises:
+        UserError: for an unknown name, branches that do not cut the depth, or latents that are not square.
+    """
+    side = options.resolution // SD_REDUCTION
+    channels, height, width = (2 * SD_CHANNELS, side, side) if data is None else data.latent_shape
+    if height != width:
+        raise UserError(f"the latents in {data.path} are {height} x {width}: encode square images")
+    return create_model(
+        options.model,
+        depth=options.trans_depth,
+        df_idxs=options.df_idxs,
+        num_classes=options.num_classes,
+        input_size=height,
+        in_channels=channels // 2,  # stored as mean and std
+        qk_norm=options.qk_norm,
+        legacy_scaling=options.legacy_scaling,
+    )
+
+
+def measure(plan: Plan, options: argparse.Namespace) -> Work:
+    """Count what a forward computes and what it keeps, on tensors without memory."""
+    count = 2
+    with torch.device("meta"):
+        network = DeepFlow(**plan.config).train()
+        network.checkpoint_activations = options.activation_checkpointing
+        x = torch.empty(count, plan.config["in_channels"], plan.config["input_size"], plan.config["input_size"])
+        t, y = torch.empty(count), torch.zeros(count, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            network(x, t, y)
+        if options.mixed_precision != "no":
+            network, x = network.half(), x.half()
+        weights = {_memory(parameter) for parameter in network.parameters()}
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if _memory(tensor) not in weights:
+                kept[_memory(tensor)] = tensor
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = network(x, t, y)
+        size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        del output
+    return Work(counter.get_total_flops() // (2 * count), size / count)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Half-precision operations a second of a GPU by its data sheet, None where it is not known or not used."""
+    if device.type != "cuda" or precision == "no":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def describe_model(options: argparse.Namespace, data: LatentData, step: int) -> dict[str, Any]:
+    """What travels with the weights besides the architecture: what sampling needs to know, and how they were made."""
+    return {
+        "model": options.model,
+        "step": step,
+        "path_type": options.path_type,
+        "resolution": options.resolution,
+        "vae": data.manifest["vae"],
+        "vae_sha256": data.manifest["vae_sha256"],
+        "scaling_factor": data.scaling_factor,
+        "class_names": data.class_names,
+        "class_counts": data.class_counts.tolist(),
+        "training": {
+            "epochs": step * options.batch_size / len(data),
+            "images": len(data),
+            "learning_rate": options.learning_rate,
+            **{name: getattr(options, name) for name in EXPERIMENT},
+        },
+    }
+
+
+def describe(plan: Plan, options: argparse.Namespace, work: Work, world: int, device: torch.device, step: int) -> str:
+    """The resolved run, for people."""
+    origin = f", from {plan.resume_from}" if plan.resume_from else ""
+    data = "missing, ImageNet's training set assumed" if plan.data is None else plan.data.path
+    averages = len(options.ema_decay) + len(options.ema_std)
+    shards = world if is_sharded() else 1
+    states = 4 * plan.parameters * (4 + averages) / shards  # weights, gradients, two moments; float32 all of them
+    activations = plan.micro_batch * work.activation_bytes
+    return "\n".join(
+        [
+            f"model      {options.model}, {plan.parameters / 1e6:.1f} M parameters, {work.macs / 1e9:.1f} GMAC a "
+            f"forward of one image: {plan.config}",
+            f"data       {data}: {plan.images} images of {options.resolution} px in "
+            f"{options.num_classes} classes, {plan.images / options.batch_size:.1f} steps an epoch",
+            f"batch      {options.batch_size} = {world} processes x {options.gradient_accumulation_steps} "
+            f"accumulated x {plan.micro_batch}, precision {options.mixed_precision} on {device.type}"
+            f"{', sharded' if shards > 1 else ''}",
+            f"memory     about {(states + activations) / 2**30:.1f} GiB a process: {states / 2**30:.1f} for weights, "
+            f"gradients, moments and {averages} average(s), {activations / 2**30:.1f} for activations",
+            f"run        steps {step} to {plan.total_steps}{origin}",
+            f"files      {plan.run}/: options.json, metrics.jsonl, checkpoints/step-* every "
+            f"{options.checkpointing_steps} steps ({4 * plan.parameters * (3 + averages) / 2**30:.1f} GiB each), "
+            "ema.safetensors, loss.png",
+        ]
+    )

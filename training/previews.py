@@ -1,0 +1,72 @@
+"""Pictures of how far a run has come: a grid of samples from the average, and its distance to reference images."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from dataset import LatentData
+from errors import UserError
+from evaluation import ImageArchive, evaluate, extract, load_extractor
+from evaluation.metrics import check_images
+from generate import Settings, choose_labels, generate_images, save_grid
+from models import DeepFlow
+from models.vae import decode, load_vae
+from training.parallel import whole_copy
+
+SHARE = 16  # images of a process that follow each other
+
+
+class Previews:
+    """What `--preview-every` needs, loaded once: the VAE, on all processes, and on the first the reference's features.
+
+    Raises `UserError` if the VAE cannot be had, or the reference cannot be compared with the previews.
+    """
+
+    def __init__(self, options: argparse.Namespace, data: LatentData, device: torch.device, rank: int, world: int):
+        self.options, self.data, self.rank, self.world = options, data, rank, world
+        self.vae = load_vae(options.preview_vae or data.manifest["vae"], device)
+        if not np.isclose(self.vae.config.scaling_factor, data.scaling_factor):
+            raise UserError(
+                f"the VAE {options.preview_vae} scales latents by {self.vae.config.scaling_factor:.5g}, the data's by "
+                f"{data.scaling_factor:.5g}: give the data's own with --preview-vae"
+            )
+        self.reference = self.extractor = None
+        if options.preview_reference and rank == 0:
+            self.extractor = load_extractor(options.preview_features, options.preview_feature_weights, device)
+            archive = ImageArchive(options.preview_reference)
+            side = options.resolution
+            check_images(archive, np.zeros((options.preview_samples, side, side, 3), np.uint8), self.extractor)
+            self.reference = extract(archive, self.extractor, label="reference of the previews")
+
+    def __call__(self, average: DeepFlow, run: Path, step: int) -> dict[str, float]:
+        """Write `previews/step-*.png`; with a reference, the Frechet distance to it. Every process has to call it.
+
+        The images share seed and labels from step to step, and nothing random of the training is used.
+        """
+        options = self.options
+        total = options.preview_samples
+        labels = choose_labels("balanced", total, options.num_classes, None, 0)
+        settings = Settings("heun", 20, options.preview_cfg_scale, path_type=options.path_type)
+        mine = [i for i in range(total) if i // SHARE % self.world == self.rank]
+        batches = list(generate_images(whole_copy(average), self._decode, labels, settings, mine, SHARE))
+        parts = [(batch.indices, batch.images.numpy()) for batch in batches]
+        parts = gather_object(parts)
+        if self.rank != 0:
+            return {}
+        images = np.empty((total, *parts[0][1].shape[1:]), np.uint8)
+        for indices, part in parts:
+            images[indices] = part
+        folder = run / "previews"
+        folder.mkdir(exist_ok=True)
+        save_grid(images, labels, self.data.class_names, folder / f"step-{step:07d}.png")
+        if self.reference is None:
+            return {}
+        scores = evaluate(self.reference, images, self.extractor, progress=False)
+        return {"preview_" + name: value for name, value in scores.items() if name in ("fid", "frechet_distance")}
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return decode(self.vae, latents)
