@@ -265,9 +265,11 @@ def train(options: argparse.Namespace) -> bool:
                 if step % options.log_every == 0:
                     write_metrics()
                 if options.preview_every and (step % options.preview_every == 0 or step == total_steps):
-                    write_preview()
+                    with log.pause():
+                        write_preview()
                 if step % options.checkpointing_steps == 0 or step == total_steps or stopped:
-                    save_checkpoint()
+                    with log.pause():
+                        save_checkpoint()
 
             update = launch_update(ahead, gradients) if gradients and not stopped else None
 

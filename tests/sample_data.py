@@ -18,7 +18,7 @@ COUNT, SHAPE = 23, (8, 2, 3)
 CLASSES = {"cat": 4, "dog": 3, "eel": 2}
 
 
-def make_vae(path, seed=0):
+def make_vae(path, seed=0, scaling_factor=0.7):
     """A random AutoencoderKL of a few thousand parameters, f = 4, as the SD-VAE in all but size."""
     from diffusers import AutoencoderKL
 
@@ -31,7 +31,7 @@ def make_vae(path, seed=0):
         norm_num_groups=2,
         latent_channels=4,
         sample_size=16,
-        scaling_factor=0.7,
+        scaling_factor=scaling_factor,
     )
     vae.save_pretrained(path)
     return str(path)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +38,19 @@ def data(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "packed")
 
 
+def tiny_command(data, folder, *flags, name="run", steps=10):
+    """A command line: the tiny run `name` on the tiny data, in which further flags win."""
+    tiny = ["--model", "DeepFlow-Tiny/2", "--trans-depth", "2", "--df-idxs", "1", "--batch-size", "8"]
+    where = ["--data-dir", data, "--output-dir", folder, "--exp-name", name]
+    pace = ["--max-train-steps", steps, "--log-every", "2", "--num-workers", "0"]
+    rate = ["--learning-rate", "1e-3", "--ema-decay", "0.9"]
+    return [str(word) for word in (*tiny, *where, *pace, *rate, *flags)]
+
+
 @pytest.fixture
 def command(data, tmp_path):
-    """A function that makes a command line: tiny run `name` on the tiny data, further flags win."""
-
-    def make(*flags, name="run", steps=10):
-        tiny = ["--model", "DeepFlow-Tiny/2", "--trans-depth", "2", "--df-idxs", "1", "--batch-size", "8"]
-        where = ["--data-dir", data, "--output-dir", tmp_path, "--exp-name", name]
-        pace = ["--max-train-steps", steps, "--log-every", "2", "--num-workers", "0"]
-        rate = ["--learning-rate", "1e-3", "--ema-decay", "0.9"]
-        return [str(word) for word in (*tiny, *where, *pace, *rate, *flags)]
-
-    return make
+    """`tiny_command` on data and in a folder of this test's own."""
+    return partial(tiny_command, data, tmp_path)
 
 
 @pytest.fixture

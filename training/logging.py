@@ -8,7 +8,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,16 @@ class MetricLog:
         """Take note of an attempt that overflowed in fp16."""
         self.skipped += 1
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is no training: its time does not count."""
+        began = time.perf_counter()
+        yield
+        step, start = self.timed_from
+        self.timed_from = step, start + time.perf_counter() - began
+
     def average(self, step: int, **more: float) -> dict[str, float]:
-        """The means over all rows since the last call, with `more` and images per second, as one entry."""
+        """The means over all rows since the last call, with `more` and images per second of training, as one entry."""
         means = dict(zip(self.columns, np.mean(self.window, axis=0).tolist(), strict=True))
         rates = {
             "loss_max": max(row[self.columns.index("loss")] for row in self.window),

@@ -17,6 +17,7 @@ from dataset import LatentData, open_latents
 from errors import UserError
 from models import DeepFlow, create_model
 from training import checkpointing
+from training.logging import code_commit
 from training.options import EXPERIMENT
 from training.parallel import is_sharded
 
@@ -207,6 +208,8 @@ def describe_model(options: argparse.Namespace, data: LatentData, step: int) -> 
             "epochs": step * options.batch_size / len(data),
             "images": len(data),
             "learning_rate": options.learning_rate,
+            "mixed_precision": options.mixed_precision,
+            "commit": code_commit(),
             **{name: getattr(options, name) for name in EXPERIMENT},
         },
     }
