@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from test_generate import run  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,31 @@ def bash(*arguments, **environment):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_scripts_parse(script):
     assert bash("-n", script).returncode == 0
+
+
+def test_a_dry_run_needs_neither_data_nor_gpu(tmp_path):
+    done = bash("script/xlarge/train.sh", "--dry-run", "--tg-upper-bound", "0.02", DATA_DIR=str(tmp_path / "none"))
+    assert done.returncode == 2
+    for fact in ("681.6 M parameters", "119.8 GMAC", "5004.6 steps an epoch", "memory", "files", "'df_idxs': [8, 16]"):
+        assert fact in done.stdout
+    assert len(done.stderr.splitlines()) == 1 and f"no dataset folder {tmp_path / 'none'}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", sorted(ROOT.glob("script/accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_its_configurations(config):
+    """As `accelerate launch` reads them; what it launches needs GPUs."""
+    settings = load_config_from_file(str(config))
+    processes = {"one_gpu": 1, "eight_gpus": 8, "two_machines": 16, "fsdp": 8}[config.stem]
+    assert settings.num_processes == processes and settings.num_machines == 1 + (processes == 16)
+    assert (settings.distributed_type == "FSDP") == (config.stem == "fsdp")
+    assert settings.mixed_precision == "no"  # or Accelerate would overrule what train.py resolves
+
+
+def test_launch_runs_one_process_of_a_launcher_that_is_there_already(tmp_path):
+    (tmp_path / "show.py").write_text("import os; print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])")
+    done = bash("script/launch.sh", tmp_path / "show.py", WORLD_SIZE="16", RANK="3", ACCELERATE_CONFIG="none")
+    assert done.stdout == "3 of 16\n"
 
 
 def test_train_says_in_one_line_what_is_missing(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import COUNT, assert_same_run, metrics_of, write_dataset
+from training_runs import COUNT, assert_same_run, metrics_of, spoil, write_dataset
 
 import train
 from dataset import DataOrder
@@ -170,9 +170,7 @@ def test_the_first_losses_are_the_golden_ones(start, tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_update(command, tmp_path, monkeypatch):
     data = write_dataset(tmp_path / "spoilt")
     sample = int(DataOrder(COUNT, 8, seed=0).batch(2)[0])  # its first use is in the third step
-    shard = np.load(data / f"moments-{sample // 10:05d}.npy", mmap_mode="r+")
-    shard[sample % 10] = np.nan
-    shard.flush()
+    spoil(data, sample)
     monkeypatch.setattr(sys, "argv", ["train.py", *command("--data-dir", data, "--checkpointing-steps", "1")])
     with pytest.raises(SystemExit) as exit:
         train.main()

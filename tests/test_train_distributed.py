@@ -1,9 +1,16 @@
 """Two processes on the CPU train as one does, replicated or sharded, and go on from each other's checkpoints."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import assert_same_run, metrics_of
+from training_runs import ROOT, assert_same_run, metrics_of
 
 from training.checkpointing import saved_steps
 
@@ -43,6 +50,25 @@ def test_ten_steps_on_two_processes_equal_five_and_five_more_bit_for_bit(torchru
     for steps in (5, 10):
         torchrun(name="parts", steps=steps)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_to_one_process_stops_and_saves_all(command, tmp_path):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.Popen(
+        [*line, *command(steps=100_000)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGUSR1)
+    out, _ = run.communicate(timeout=60)
+    (step,) = saved_steps(tmp_path / "run")
+    assert f"stopped by a signal and saved at step {step}" in out and run.returncode != 0
 
 
 def test_gradients_of_two_processes_are_those_of_one(torchrun, start, tmp_path):

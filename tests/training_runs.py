@@ -33,6 +33,13 @@ def write_dataset(dest, std=0.1, resolution=32, vae="assets/vae", vae_sha256="0"
     return dest
 
 
+def spoil(data, sample):
+    """Make the moments of one sample NaN."""
+    shard = np.load(data / f"moments-{sample // 10:05d}.npy", mmap_mode="r+")
+    shard[sample % 10] = np.nan
+    shard.flush()
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "packed")
@@ -68,15 +75,15 @@ def start(command):
 
 @pytest.fixture
 def torchrun(command):
-    """A function that trains in two processes on the CPU."""
+    """A function that trains in two processes on the CPU; returns stdout, or stderr where another exit code is due."""
 
-    def torchrun(*flags, name="run", steps=10, **environment):
+    def torchrun(*flags, name="run", steps=10, code=0, **environment):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         line = [*launch, "train.py", *command(*flags, name=name, steps=steps)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert done.returncode == code, done.stderr
+        return done.stderr if code else done.stdout
 
     return torchrun
 
