@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import ROOT, assert_same_run, metrics_of
+from training_runs import COUNT, ROOT, assert_same_run, metrics_of, spoil, write_dataset
 
+from dataset import DataOrder
 from training.checkpointing import saved_steps
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}  # what `accelerate launch --use_fsdp` sets
@@ -52,12 +53,19 @@ def test_ten_steps_on_two_processes_equal_five_and_five_more_bit_for_bit(torchru
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_sample_that_is_not_finite_is_named_with_its_process(torchrun, tmp_path):
+    data = write_dataset(tmp_path / "spoilt")
+    spoil(data, sample := int(DataOrder(COUNT, 8, seed=0).batch(2)[-1]))  # of the second process, in the third step
+    error = torchrun("--data-dir", data, "--checkpointing-steps", "1", code=1)
+    assert f"error: step 2: not finite: velocity loss on rank 1, samples {sample}; acceleration loss on rank 1" in error
+    assert saved_steps(tmp_path / "run") == [1, 2]
+
+
 def test_a_signal_to_one_process_stops_and_saves_all(command, tmp_path):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.Popen(
-        [*line, *command(steps=100_000)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    line += command(steps=100_000)
+    run = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
