@@ -39,6 +39,7 @@ TITLES = {
     "kd_dinov2": "KD-DINOv2",
 }
 PACKAGES = ("accelerate", "numpy", "pillow", "scipy", "timm", "torch", "torch-fidelity")
+DINOV2_REFERENCE = 50_000  # training images in the reference of published values
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt")
 
 
@@ -91,6 +92,21 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_dir() or path.suffix in CHECKPOINTS
 
 
+def notes_on(reference: ImageArchive, extractor: torch.nn.Module) -> list[str]:
+    """What keeps the numbers from being compared with published ones."""
+    notes = []
+    if extractor.name == "inception" and extractor.weights_sha256 != INCEPTION_SHA256:
+        notes.append("these are not the published Inception weights; the numbers compare only with each other")
+    if len(reference) == 0:
+        notes.append("the reference holds statistics alone, no images: no precision, recall and KID")
+    if extractor.name == "dinov2" and len(reference) < DINOV2_REFERENCE:
+        notes.append(
+            f"published FD-DINOv2 is against {DINOV2_REFERENCE} training images, this reference holds "
+            f"{len(reference)}: the numbers compare only with each other"
+        )
+    return notes
+
+
 def refuse_to_replace_recipe(json_path: Path | None, samples: Path) -> None:
     """Raise `UserError` if the metrics would be written over what generate.py says of the samples."""
     if json_path and json_path.resolve() == samples.with_suffix(".json").resolve():
@@ -125,6 +141,7 @@ def report(
             for role, archive in archives.items()
         },
         "recipe": recipe_of(archives["samples"].path),
+        "notes": notes_on(archives["reference"], extractor),
         "features": {"name": extractor.name, "weights_sha256": extractor.weights_sha256},
         "batch_size": args.batch_size,
         "device": str(args.device),
@@ -143,6 +160,8 @@ def main() -> None:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise UserError(f"--json {args.json}: expected a file name in an existing folder")
+    if args.cache and args.cache.exists() and not args.cache.is_dir():
+        raise UserError(f"--cache {args.cache}: expected a folder")
     options = None
     if is_checkpoint(args.samples):
         options = generate.parse_options([*more, "--ckpt", str(args.samples)])
@@ -177,8 +196,8 @@ def main() -> None:
         return
     metrics = compare(*features, extractor.name, args.device, progress=True)
 
-    if extractor.name == "inception" and extractor.weights_sha256 != INCEPTION_SHA256:
-        print("note: these are not the published Inception weights; the numbers compare only with each other")
+    for note in notes_on(reference, extractor):
+        print(f"note: {note}")
     print(f"{len(samples)} samples against {args.reference} ({extractor.name} features)")
     for name, value in metrics.items():
         print(f"  {TITLES[name]:<24}{value:.4f}")

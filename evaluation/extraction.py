@@ -97,9 +97,13 @@ def check_images(reference: Images | FeatureSet, samples: Images, extractor: Ext
 def check_reference(reference: Images, extractor: Extractor) -> None:
     """Raise `UserError` for a reference that the extractor's metrics cannot use."""
     stored = stored_statistics(reference, extractor)
-    for name, dimension in (("mu", extractor.dimension), ("mu_s", SPATIAL_DIMENSION)):
-        if name in stored and stored[name].shape != (dimension,):
-            raise UserError(f"reference: {name} of shape {stored[name].shape}; expected ({dimension},)")
+    pool, spatial = extractor.dimension, SPATIAL_DIMENSION
+    shapes = {"mu": (pool,), "sigma": (pool, pool), "mu_s": (spatial,), "sigma_s": (spatial, spatial)}
+    for name, array in stored.items():
+        if array.shape != shapes[name]:
+            raise UserError(
+                f"reference: {name} of shape {array.shape}; expected {shapes[name]}, as ADM's evaluator writes"
+            )
     if "mu" not in stored:
         check_count("reference", len(reference), extractor)
     if len(reference):

@@ -71,7 +71,7 @@ class InceptionFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        with _full_precision():
+        with _full_precision(images.device):
             pool, logits = self.network(images.permute(0, 3, 1, 2).contiguous())
         return Features(pool, self._spatial, logits)
 
@@ -107,7 +107,7 @@ class DinoFeatures(nn.Module):
         with ThreadPoolExecutor() as threads:
             resized = np.stack(list(threads.map(_resize, images.cpu().numpy())))
         pixels = torch.from_numpy(resized).to(self.mean.device).permute(0, 3, 1, 2).float() / 255
-        with _full_precision():
+        with _full_precision(pixels.device):
             pool = self.network((pixels - self.mean) / self.std)
         return Features(pool, None, None)
 
@@ -160,7 +160,7 @@ class DemoFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        with _full_precision():
+        with _full_precision(images.device):
             pool = self.embed(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
         return Features(pool, None, None)
 
@@ -293,13 +293,13 @@ READERS = {
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def _full_precision(device: torch.device) -> Iterator[None]:
     """Float32 without TF32 or autocast: reduced precision shifts the features, and with them the distance."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before

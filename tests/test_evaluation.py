@@ -266,7 +266,7 @@ def test_stored_reference_statistics_are_used_as_they_are(rng, tmp_path):
         evaluate(ImageArchive(tmp_path / "statistics.npz"), samples, extractor, progress=False)
 
 
-def test_unfit_images_are_refused_before_any_work(rng):
+def test_unfit_images_are_refused_before_any_work(rng, tmp_path):
     extractor = ColourFeatures()
     images = colour_images(rng, 12)
     with pytest.raises(UserError, match=r"samples: 5 images.*at least 6"):
@@ -277,6 +277,11 @@ def test_unfit_images_are_refused_before_any_work(rng):
         evaluate(images, images[:, :, :5], extractor)
     with pytest.raises(UserError, match="float64"):
         evaluate(images, images / 255, extractor)
+    for name, array in (("mu", np.zeros(4)), ("sigma", np.eye(4)), ("mu_s", np.zeros(4)), ("sigma_s", np.eye(4))):
+        stored = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(2023), "sigma_s": np.zeros((2023, 2023))}
+        np.savez(tmp_path / "r.npz", **{**stored, name: array})
+        with pytest.raises(UserError, match=rf"reference: {name} of shape \(4"):
+            evaluate(ImageArchive(tmp_path / "r.npz"), images, extractor)
 
 
 class EveryFeature(torch.nn.Module):
@@ -460,6 +465,26 @@ def test_command_writes_table_and_json(rng, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def test_what_spoils_a_comparison_is_noted(rng, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "s.npz", arr_0=colour_images(rng, 20))
+    np.savez(tmp_path / "r.npz", mu=np.zeros(5), sigma=np.eye(5))
+    code, out, _ = run(monkeypatch, capsys, tmp_path / "r.npz", tmp_path / "s.npz", "--json", tmp_path / "m.json")
+    assert code == 0
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert set(result["metrics"]) == {"fid"} and len(result["notes"]) == 2
+    assert "note: the reference holds statistics alone" in out and "not the published Inception weights" in out
+    extractor = ColourFeatures()
+    extractor.name = "dinov2"
+    (note,) = command.notes_on(ImageArchive(tmp_path / "s.npz"), extractor)
+    assert "50000 training images, this reference holds 20" in note
+
+
+def test_no_flag_is_both_evaluates_and_generates():
+    flags = [{f for action in parser._actions for f in action.option_strings} - {"-h", "--help"}
+             for parser in (command.build_parser(), command.generate.build_parser())]  # fmt: skip
+    assert flags[0] and flags[1] and not flags[0] & flags[1]
+
+
 def test_recipe_travels_with_the_number(rng, tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "r.npz", arr_0=colour_images(rng, 20))
     recipe = {"settings": {"method": "sde", "num_steps": 250}, "classes": "balanced"}
@@ -541,6 +566,7 @@ def bad_archives(folder, rng):
     np.savez(folder / "object.npz", arr_0=np.array([{}], dtype=object))
     np.savez(folder / "few.npz", arr_0=images[:5])
     np.savez(folder / "small.npz", arr_0=images[:, :3])
+    np.savez(folder / "half.npz", arr_0=images, mu=np.zeros(5))
     (folder / "truncated.npz").write_bytes((folder / "good.npz").read_bytes()[:700])
     (folder / "text.npz").write_text("no archive")
     np.save(folder / "array.npy", images)
@@ -552,6 +578,7 @@ def bad_archives(folder, rng):
         ("object.npz", "object"),
         ("few.npz", "5 images"),
         ("small.npz", "3x6"),
+        ("half.npz", "only one of mu and sigma"),
         ("truncated.npz", "not a complete"),
         ("text.npz", "not a complete"),
         ("array.npy", "not a complete"),
@@ -574,6 +601,7 @@ def test_bad_flags_exit_2_with_one_line(rng, tmp_path, monkeypatch, capsys):
         ["--device", "nonsense"],
         ["--json", str(tmp_path)],
         ["--json", str(tmp_path / "no" / "out.json")],
+        ["--cache", str(tmp_path / "r.npz")],
     ):
         code, _, err = run(monkeypatch, capsys, tmp_path / "r.npz", tmp_path / "r.npz", *flags)
         assert (code, err.count("\n")) == (2, 1), (flags, err)

@@ -65,6 +65,23 @@ def test_inception_layers_against_hand_indexed_activations(inception_weights):
         torch.testing.assert_close(spatial[n, (h * 17 + w) * 7 + c], activation[n, c, h, w])
 
 
+def test_inception_sees_images_as_the_2015_graph_does(inception_weights):
+    """Resized to 299 px with corners aligned at 0 only (output i from input i * in/out), then (x - 128) / 128."""
+    extractor = load_extractor("inception", inception_weights)
+    images = random_images(1, 50)
+    seen = {}
+    extractor.network.Conv2d_1a_3x3.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0]))
+    extractor(torch.from_numpy(images))
+    matrix = np.zeros((299, 50))
+    for i in range(299):
+        place = i * 50 / 299
+        low = int(place)
+        matrix[i, low] += 1 - (place - low)
+        matrix[i, min(low + 1, 49)] += place - low
+    expected = (np.einsum("ia,jb,nabc->ncij", matrix, matrix, images.astype(float)) - 128) / 128
+    np.testing.assert_allclose(seen["x"], expected, atol=1e-4)
+
+
 def test_inception_does_not_depend_on_the_batch_nor_leave_precision_flags(inception_weights):
     extractor = load_extractor("inception", inception_weights)
     flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
