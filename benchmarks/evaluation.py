@@ -99,7 +99,7 @@ def write_inputs(folder: Path, images: int, dimension: int) -> None:
 
 
 def in_new_process(work: Callable, *given: object) -> Any:
-    """What `work` returns, from a process started for it: the peak memory of a process never falls, and is inherited."""
+    """What `work` returns, from a process started for it: a process's peak memory never falls."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(work, *given).result()
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from evaluation.archives import DAMAGE, ImageArchive
-from evaluation.features import SPATIAL_DIMENSION, Extractor
+from evaluation.features import SPATIAL_DIMENSION, Extractor, Features
 from evaluation.statistics import FeatureStatistics
 from files import written_aside
 
@@ -134,43 +134,55 @@ def _run(
     images: Images, extractor: Extractor, batch_size: int, label: str | None, process: PartialState | None
 ) -> FeatureSet | None:
     """Features of all images from the extractor, on the first process."""
-    rank, world = (process.process_index, process.num_processes) if process else (0, 1)
-    device = next(extractor.parameters()).device
+    main = process is None or process.is_main_process
     pool_statistics = FeatureStatistics(extractor.dimension)
     spatial_statistics = FeatureStatistics(SPATIAL_DIMENSION)
     pool = logits = None
-    batches = _batches(images, batch_size, rank, world)
     done = 0
     with tqdm(total=len(images), desc=label, unit="img", disable=label is None) as bar:
-        while done < len(images):
-            # A round: the next batch of each process; at the end some have none left.
-            batch = next(batches, None)
-            rows = None
-            if batch is not None:
-                features = extractor(torch.from_numpy(batch.copy()).to(device))  # copied: a file's view is read-only
-                rows = tuple(None if part is None else part.cpu().numpy() for part in features)
-            parts = gather_object([rows]) if world > 1 else [rows]
-            for part in parts:
-                if part is None:
-                    continue
-                if rank == 0:
-                    if pool is None:
-                        pool = np.empty((len(images), extractor.dimension), np.float32)
-                        logits = None if part[2] is None else np.empty((len(images), part[2].shape[1]), np.float32)
-                    pool[done : done + len(part[0])] = part[0]
-                    pool_statistics.update(part[0])
-                    if part[1] is not None:
-                        spatial_statistics.update(part[1])
-                        logits[done : done + len(part[2])] = part[2]
-                done += len(part[0])
-                bar.update(len(part[0]))
-    next(batches, None)  # to the end of the file, where its checksum is verified
-    if rank:
+        for features in _in_order(images, extractor, batch_size, process):
+            bar.update(len(features.pool))
+            if not main:
+                continue
+            if pool is None:
+                pool = np.empty((len(images), extractor.dimension), np.float32)
+                logits = (
+                    None if features.logits is None else np.empty((len(images), features.logits.shape[1]), np.float32)
+                )
+            rows = slice(done, done + len(features.pool))
+            done = rows.stop
+            pool[rows] = features.pool
+            pool_statistics.update(features.pool)
+            if features.spatial is not None:
+                spatial_statistics.update(features.spatial)
+                logits[rows] = features.logits
+    if not main:
         return None
     gaussians = (
         statistics.gaussian() if statistics.count > 1 else None for statistics in (pool_statistics, spatial_statistics)
     )
     return FeatureSet(len(images), *gaussians, pool, logits)
+
+
+def _in_order(
+    images: Images, extractor: Extractor, batch_size: int, process: PartialState | None
+) -> Iterator[Features]:
+    """The features of each batch, as arrays, in the images' order, on every process.
+
+    In a round each process takes one batch; in the last one some have none left.
+    """
+    rank, world = (process.process_index, process.num_processes) if process else (0, 1)
+    device = next(extractor.parameters()).device
+    batches = _batches(images, batch_size, rank, world)
+    for _ in range(0, len(images), batch_size * world):
+        batch = next(batches, None)
+        features = None
+        if batch is not None:
+            tensors = extractor(torch.from_numpy(batch.copy()).to(device))  # copied: a view of a file is read-only
+            features = Features(*(None if tensor is None else tensor.cpu().numpy() for tensor in tensors))
+        gathered = gather_object([features]) if world > 1 else [features]
+        yield from (features for features in gathered if features is not None)
+    next(batches, None)  # to the end of the file, where its checksum is verified
 
 
 def _batches(images: Images, batch_size: int, first: int, step: int) -> Iterator[np.ndarray]:
