@@ -1,26 +1,31 @@
 """Score generated images against a reference batch: a table on stdout, and JSON.
 
     python evaluate.py REF.npz SAMPLES.npz [--json metrics.json]
+    python evaluate.py REF.npz CHECKPOINT [--json metrics.json] [flags of generate.py]
+    accelerate launch evaluate.py ...            # the same numbers, on all GPUs
 
-Both files hold `arr_0`, uint8 images (N, H, W, 3); ADM's reference batches load as they are, with the
-statistics stored in them.
+The `.npz` files hold `arr_0`, uint8 images (N, H, W, 3); ADM's reference batches load as they are, with the
+statistics stored in them. A checkpoint is sampled first, as generate.py would.
 """
 
 import argparse
 import importlib.metadata
 import json
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import generate
 from errors import OneLineParser, UserError, exits_on_user_error
-from evaluation import ImageArchive, evaluate, load_extractor
+from evaluation import ImageArchive, compare, extract, load_extractor
+from evaluation.extraction import check_count, check_images, check_reference
 from evaluation.features import INCEPTION_SHA256
-from evaluation.metrics import check_images
-from files import file_sha256, write_text
-from processes import usable_device
+from files import write_text
+from processes import join_processes, usable_device
 
 TITLES = {
     "fid": "FID",
@@ -30,32 +35,90 @@ TITLES = {
     "precision": "precision",
     "recall": "recall",
     "kid": "KID",
+    "fd_dinov2": "FD-DINOv2",
+    "kd_dinov2": "KD-DINOv2",
 }
-PACKAGES = ("numpy", "scipy", "torch", "torch-fidelity")
+PACKAGES = ("accelerate", "numpy", "pillow", "scipy", "timm", "torch", "torch-fidelity")
+DINOV2_REFERENCE = 50_000  # training images in the reference of published values
+CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    parser = OneLineParser(
+        prog="evaluate.py",
+        description=__doc__.splitlines()[0],
+        epilog="With a checkpoint, all flags of generate.py are taken as well, after the two files.",
+    )
     parser.add_argument("reference", type=Path, metavar="REF.npz", help="reference images or ADM reference batch")
-    parser.add_argument("samples", type=Path, metavar="SAMPLES.npz", help="generated images, uint8 N x H x W x 3")
+    parser.add_argument(
+        "samples",
+        type=Path,
+        metavar="SAMPLES.npz",
+        help="generated images, uint8 N x H x W x 3; or a checkpoint, a file or run folder, to be sampled first",
+    )
     parser.add_argument(
         "--features",
         default="inception",
-        help="feature network: inception (ADM's metrics) or demo (64 px demo data) (default: %(default)s)",
+        help="feature network: inception (ADM's metrics), dinov2 (FD-DINOv2; a reference of training images, "
+        "50,000 in its paper) or demo (64 px demo data) (default: %(default)s)",
     )
     parser.add_argument(
         "--feature-weights",
         "--inception-weights",
         type=Path,
         metavar="FILE",
-        help="local weights (default: Inception from torch's cache or by download, demo from assets/)",
+        help="local weights (default: Inception and DINOv2 from the cache or by download, demo from assets/)",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)")
     parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder where features are kept, by the SHA-256 of images and weights: a reference is then read once "
+        "(default: none)",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="OUT", help="file for metrics and their circumstances (default: none)"
     )
-    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--device",
+        help="torch device of the feature network, with one process (default: cuda if there is one, else cpu)",
+    )
     return parser
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path means a network to sample, not samples."""
+    return path.is_dir() or path.suffix in CHECKPOINTS
+
+
+def notes_on(reference: ImageArchive, extractor: torch.nn.Module) -> list[str]:
+    """What keeps the numbers from being compared with published ones."""
+    notes = []
+    if extractor.name == "inception" and extractor.weights_sha256 != INCEPTION_SHA256:
+        notes.append("these are not the published Inception weights; the numbers compare only with each other")
+    if len(reference) == 0:
+        notes.append("the reference holds statistics alone, no images: no precision, recall and KID")
+    if extractor.name == "dinov2" and len(reference) < DINOV2_REFERENCE:
+        notes.append(
+            f"published FD-DINOv2 is against {DINOV2_REFERENCE} training images, this reference holds "
+            f"{len(reference)}: the numbers compare only with each other"
+        )
+    return notes
+
+
+def refuse_to_replace_recipe(json_path: Path | None, samples: Path) -> None:
+    """Raise `UserError` if the metrics would be written over what generate.py says of the samples."""
+    if json_path and json_path.resolve() == samples.with_suffix(".json").resolve():
+        raise UserError(f"--json {json_path}: there generate.py tells how the samples were made; give another name")
+
+
+def recipe_of(samples: Path) -> dict[str, Any] | None:
+    """What generate.py wrote beside the samples of how they were made."""
+    try:
+        return json.loads(samples.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def report(
@@ -70,16 +133,19 @@ def report(
         **{
             role: {
                 "file": str(archive.path),
-                "sha256": file_sha256(archive.path),
+                "sha256": archive.sha256,
                 "images": len(archive),
                 "size": archive.size,
                 "stored_statistics": sorted(archive.statistics),
             }
             for role, archive in archives.items()
         },
+        "recipe": recipe_of(archives["samples"].path),
+        "notes": notes_on(archives["reference"], extractor),
         "features": {"name": extractor.name, "weights_sha256": extractor.weights_sha256},
         "batch_size": args.batch_size,
-        "device": args.device,
+        "device": str(args.device),
+        "command": shlex.join(sys.argv),
         "versions": {
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},
@@ -89,25 +155,54 @@ def report(
 
 @exits_on_user_error
 def main() -> None:
-    args = build_parser().parse_args()
+    args, more = build_parser().parse_known_args()
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise UserError(f"--json {args.json}: expected a file name in an existing folder")
-    args.device = usable_device(args.device)
+    if args.cache and args.cache.exists() and not args.cache.is_dir():
+        raise UserError(f"--cache {args.cache}: expected a folder")
+    options = None
+    if is_checkpoint(args.samples):
+        options = generate.parse_options([*more, "--ckpt", str(args.samples)])
+    elif more:
+        raise UserError(f"unrecognized arguments: {' '.join(more)} (--help lists the flags)")
+    process = join_processes()
+    if args.device and process.num_processes > 1:
+        raise UserError(f"--device {args.device} with {process.num_processes} processes: drop it, each has its own")
+    args.device = usable_device(args.device) if args.device else process.device
 
-    archives = {"reference": ImageArchive(args.reference), "samples": ImageArchive(args.samples)}
-    extractor = load_extractor(args.features, args.feature_weights, args.device)
-    check_images(*archives.values(), extractor)
-    if extractor.name == "inception" and extractor.weights_sha256 != INCEPTION_SHA256:
-        print("note: these are not the published Inception weights; the numbers compare only with each other")
+    # Everything that can be known to be wrong is told before the work of sampling.
+    reference = ImageArchive(args.reference)
+    samples = None if options else ImageArchive(args.samples)
+    with process.local_main_process_first():  # one download a machine
+        extractor = load_extractor(args.features, args.feature_weights, args.device)
+    if options:
+        check_reference(reference, extractor)
+        check_count("--num-fid-samples", options.num_fid_samples, extractor)
+        samples = ImageArchive(generate.generate(options))
+    refuse_to_replace_recipe(args.json, samples.path)
+    check_images(reference, samples, extractor)
 
-    metrics = evaluate(*archives.values(), extractor, args.batch_size)
+    work = {"batch_size": args.batch_size, "process": process, "cache": args.cache}
+    features = [
+        extract(images, extractor, label=label, **work)
+        for label, images in (("reference", reference), ("samples", samples))
+    ]
+    if process.num_processes > 1:  # the rest is the first one's work; nobody is left waiting for it
+        process.wait_for_everyone()
+        torch.distributed.destroy_process_group()
+    if not process.is_main_process:
+        return
+    metrics = compare(*features, extractor.name, args.device, progress=True)
 
-    print(f"{len(archives['samples'])} samples against {args.reference} ({extractor.name} features)")
+    for note in notes_on(reference, extractor):
+        print(f"note: {note}")
+    print(f"{len(samples)} samples against {args.reference} ({extractor.name} features)")
     for name, value in metrics.items():
         print(f"  {TITLES[name]:<24}{value:.4f}")
     if args.json:
+        archives = {"reference": reference, "samples": samples}
         write_text(args.json, json.dumps(report(metrics, archives, extractor, args), indent=2) + "\n")
         print(f"written to {args.json}")
 

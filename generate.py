@@ -292,9 +292,11 @@ def default_name(args: argparse.Namespace, settings: Settings, metadata: dict[st
     return "-".join(part for part in parts if part)
 
 
-@exits_on_user_error
-def main() -> None:
-    args = build_parser().parse_args()
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
+
+
+def generate(args: argparse.Namespace) -> Path:
     checkpoint = checkpoints.read(args.ckpt)
     settings = settings_of(args, checkpoint.metadata)
     num_classes, class_counts = checkpoint.config["num_classes"], checkpoint.metadata.get("class_counts")
@@ -322,7 +324,7 @@ def main() -> None:
     if require_same(record, npz.with_suffix(".json"), args.overwrite):
         if process.is_main_process:
             print(f"made already with these settings: nothing to do\nsamples: {npz}")
-        return
+        return npz
     model = checkpoints.build(checkpoint, args.ckpt).to(process.device)
 
     # Each process writes its images straight into their rows of one file on disk: no process holds them all.
@@ -347,6 +349,13 @@ def main() -> None:
         write_text(npz.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
         pack_npz(rows, labels, npz)
         print(f"grid {npz.with_suffix('.png')}, settings {npz.with_suffix('.json')}\nsamples: {npz}")
+    process.wait_for_everyone()
+    return npz
+
+
+@exits_on_user_error
+def main() -> None:
+    generate(parse_options())
 
 
 if __name__ == "__main__":

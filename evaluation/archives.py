@@ -1,5 +1,6 @@
 """Batches of images out of an `.npz` (ADM's format: `arr_0`, uint8 NHWC) without holding it in memory."""
 
+import functools
 import math
 import zipfile
 import zlib
@@ -10,6 +11,7 @@ from typing import IO
 import numpy as np
 
 from errors import UserError
+from files import file_sha256
 
 IMAGES = "arr_0.npy"
 # What reading a damaged archive raises: bad structure or checksum, bad deflate data, early end, bad header.
@@ -67,16 +69,26 @@ class ImageArchive:
         """(height, width) in pixels, None without images."""
         return self.shape[1:3] if self.shape else None
 
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Yield all images in file order, uint8 (n, H, W, 3) with n = batch_size but for the last."""
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file, computed once: it may hold gigabytes."""
+        return file_sha256(self.path)
+
+    def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
+        """Yield every `step`-th batch from number `first` on, in file order, uint8 (n, H, W, 3).
+
+        n is batch_size but for the very last batch. The whole file is read whatever is yielded, so that its checksum
+        is verified.
+        """
         image_bytes = math.prod(self.shape[1:])
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(IMAGES) as stream:
                 _read_header(stream)
-                for start in range(0, len(self), batch_size):
+                for number, start in enumerate(range(0, len(self), batch_size)):
                     count = min(batch_size, len(self) - start)
                     data = stream.read(count * image_bytes)
-                    yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
+                    if number % step == first:
+                        yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
         except DAMAGE as error:
             raise UserError(self._damaged(error)) from error
 

@@ -1,15 +1,21 @@
-"""Feature extractors: the Inception network of ADM's evaluation, and a small one for the demo data."""
+"""Feature extractors: the Inception network of ADM's evaluation, DINOv2, and a small one for the demo data."""
 
 import io
 import json
 import pickle
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from errors import UserError
@@ -19,6 +25,10 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "demo_features.safetensors"
 SPATIAL_CHANNELS = 7
 SPATIAL_DIMENSION = 17 * 17 * SPATIAL_CHANNELS
+DINOV2 = "timm/vit_large_patch14_dinov2.lvd142m"  # on the Hugging Face hub; the original's weights, renamed
+DINOV2_SIZE = dict(embed_dim=1024, depth=24, num_heads=16)  # ViT-L, as in the paper's results
+DINOV2_SIDE, DINOV2_PATCH = 224, 14
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Features(NamedTuple):
@@ -61,9 +71,64 @@ class InceptionFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        with _full_precision():
+        with _full_precision(images.device):
             pool, logits = self.network(images.permute(0, 3, 1, 2).contiguous())
         return Features(pool, self._spatial, logits)
+
+
+class DinoFeatures(nn.Module):
+    """DINOv2 ViT-L/14 as Stein et al. (2023) evaluate with it: the class token after the last norm, 1024-d.
+
+    Images of any size, uint8 (n, H, W, 3), resized to 224 x 224 by Pillow's bicubic filter (8 bits, antialiased), then
+    normalised with ImageNet's mean and deviation. `state_dict` is the original's, or timm's copy of it.
+    """
+
+    name = "dinov2"
+    image_size = None
+
+    def __init__(self, state_dict: dict[str, Tensor]) -> None:
+        super().__init__()
+        import timm
+
+        self.dimension = DINOV2_SIZE["embed_dim"]
+        weights = {name: tensor.float() for name, tensor in state_dict.items() if name != "mask_token"}
+        weights["pos_embed"] = dinov2_positions(weights["pos_embed"], DINOV2_SIDE // DINOV2_PATCH)
+        with torch.device("meta"):  # the weights are given: 300 million random ones need not be drawn first
+            self.network = timm.create_model(
+                "vit_large_patch14_dinov2", img_size=DINOV2_SIDE, num_classes=0, **DINOV2_SIZE
+            )
+        self.network.load_state_dict(weights, assign=True)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        with ThreadPoolExecutor() as threads:
+            resized = np.stack(list(threads.map(_resize, images.cpu().numpy())))
+        pixels = torch.from_numpy(resized).to(self.mean.device).permute(0, 3, 1, 2).float() / 255
+        with _full_precision(pixels.device):
+            pool = self.network((pixels - self.mean) / self.std)
+        return Features(pool, None, None)
+
+
+def _resize(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((DINOV2_SIDE, DINOV2_SIDE), Image.Resampling.BICUBIC))
+
+
+def dinov2_positions(embedding: Tensor, side: int) -> Tensor:
+    """Position embedding for side x side patches: (1, 1 + s*s, D) -> (1, 1 + side*side, D).
+
+    As the original model resamples its 37 x 37 ones for smaller images: bicubic, not antialiased, in steps of
+    s / (side + 0.1). (timm antialiases and takes steps of s / side: other features.)
+    """
+    prefix, patches = embedding[:, :1], embedding[:, 1:]
+    given = round(patches.shape[1] ** 0.5)
+    if given == side:
+        return embedding
+    grid = patches.reshape(1, given, given, -1).permute(0, 3, 1, 2)  # (1, D, s, s)
+    grid = F.interpolate(grid, scale_factor=(side + 0.1) / given, mode="bicubic")
+    return torch.cat([prefix, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 class DemoFeatures(nn.Module):
@@ -95,12 +160,12 @@ class DemoFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        with _full_precision():
+        with _full_precision(images.device):
             pool = self.embed(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
         return Features(pool, None, None)
 
 
-Extractor = InceptionFeatures | DemoFeatures
+Extractor = InceptionFeatures | DinoFeatures | DemoFeatures
 
 
 def load_extractor(
@@ -109,26 +174,31 @@ def load_extractor(
     """Build a feature extractor, frozen, in evaluation mode: uint8 (n, H, W, 3) tensor -> `Features`.
 
     Args:
-        features: "inception" (ADM's metrics) or "demo" (the demo data's own distance).
+        features: "inception" (ADM's metrics), "dinov2" (FD-DINOv2) or "demo" (the demo data's own distance).
         weights: local file; by default torch-fidelity's Inception weights (torch's hub cache, downloaded on
-            first use and checked by SHA-256), or the demo weights of this repository.
+            first use and checked by SHA-256), timm's copy of DINOv2 ViT-L/14 (Hugging Face's cache, likewise), or
+            the demo weights of this repository.
         device: where the network runs.
 
     The extractor's `weights_sha256` names the file it was built from.
     Raises `UserError` for an unknown name, and for weights that are missing, unreadable or of another
     network.
     """
-    if features not in ("inception", "demo"):
-        raise UserError(f"features {features!r} unknown; expected inception or demo")
+    if features not in READERS:
+        *names, last = READERS
+        raise UserError(f"features {features!r} unknown; expected {', '.join(names)} or {last}")
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"feature weights {weights}: no such file; give a local file or leave the flag out")
-    if features == "inception":
-        path = Path(weights) if weights else _download_inception()
-        extractor = _read_inception(path)
-    else:
-        path = Path(weights or DEMO_WEIGHTS)
-        extractor = _read_demo(path)
-    extractor.weights_sha256 = file_sha256(path)
+    default, published, read = READERS[features]
+    path = Path(weights) if weights else default()
+    sha256 = file_sha256(path)
+    expected = published(path)
+    if weights is None and expected not in (None, sha256):
+        raise UserError(
+            f"{path}: SHA-256 {sha256[:12]}..., expected {expected[:12]}...: delete it, to download it again"
+        )
+    extractor = read(path)
+    extractor.weights_sha256 = sha256
     return extractor.to(device).eval().requires_grad_(False)
 
 
@@ -149,16 +219,54 @@ def _download_inception() -> Path:
     return path
 
 
+def _download_dinov2() -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    found = try_to_load_from_cache(DINOV2, "model.safetensors")
+    if isinstance(found, str):
+        return Path(found)
+    try:
+        return Path(hf_hub_download(DINOV2, "model.safetensors"))
+    except Exception as error:  # each version of the hub's client raises others without network or space
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"DINOv2 weights: {DINOV2} is not in Hugging Face's cache and cannot be had ({reason}); fetch its "
+            "model.safetensors, or the original dinov2_vitl14_pretrain.pth, and give it with --feature-weights FILE"
+        ) from error
+
+
+def _dinov2_sha256(path: Path) -> str | None:
+    """What the hub's cache says of the file: it names large files by their SHA-256 and links to them."""
+    name = path.resolve().name
+    return name if re.fullmatch("[0-9a-f]{64}", name) else None
+
+
+def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a `.pth`, nothing of which is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"feature weights {path}: not a readable file of tensors; {expected}") from error
+
+
 def _read_inception(path: Path) -> InceptionFeatures:
     expected = "expected torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"feature weights {path}: not a readable file of tensors; {expected}") from error
+    state_dict = _read_tensors(path, expected)
     try:
         return InceptionFeatures(state_dict)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"feature weights {path}: not the weights of that Inception network; {expected}") from error
+
+
+def _read_dinov2(path: Path) -> DinoFeatures:
+    expected = "expected DINOv2 ViT-L/14 without registers: timm's model.safetensors or dinov2_vitl14_pretrain.pth"
+    state_dict = _read_tensors(path, expected)
+    try:
+        return DinoFeatures(state_dict)
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"feature weights {path}: not the weights of that network; {expected}") from error
 
 
 def _read_demo(path: Path) -> DemoFeatures:
@@ -176,13 +284,22 @@ def _read_demo(path: Path) -> DemoFeatures:
     return extractor
 
 
+# Name -> where its weights are by default, the SHA-256 they must have there (None: unknown), and their reader.
+READERS = {
+    "inception": (_download_inception, lambda _: INCEPTION_SHA256, _read_inception),
+    "dinov2": (_download_dinov2, _dinov2_sha256, _read_dinov2),
+    "demo": (lambda: DEMO_WEIGHTS, lambda _: None, _read_demo),
+}
+
+
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Float32 without TF32: reduced precision shifts Inception's features, and with them the distance."""
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Float32 without TF32 or autocast: reduced precision shifts the features, and with them the distance."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -1,31 +1,15 @@
-"""From features to metrics: FID, sFID, Inception score, precision and recall, KID, as ADM defines them."""
+"""From features to metrics: FID, sFID, Inception score, precision and recall, KID as ADM defines them; FD-DINOv2."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UserError
-from evaluation.archives import ImageArchive
-from evaluation.features import SPATIAL_DIMENSION, Extractor
-from evaluation.statistics import FeatureStatistics, frechet_distance
-
-Images = ImageArchive | np.ndarray
-Gaussian = tuple[np.ndarray, np.ndarray]  # mean (D,), covariance (D, D)
-
-
-@dataclass
-class FeatureSet:
-    """What the metrics need to know of one set of N images; None where there is nothing to know it from."""
-
-    count: int
-    gaussian: Gaussian  # of the pool features
-    spatial_gaussian: Gaussian | None
-    pool: np.ndarray | None  # (N, D) float32
-    logits: np.ndarray | None  # (N, 1008) float32
+from evaluation.extraction import FeatureSet, Images, check_images, extract
+from evaluation.features import Extractor
+from evaluation.statistics import frechet_distance
 
 
 def evaluate(
@@ -42,93 +26,48 @@ def evaluate(
             serves many times, what `extract` returned for it. Statistics stored in a reference archive are
             used as they are.
         extractor: from `load_extractor`. Inception gives `fid`, `sfid`, `inception_score`, `precision`,
-            `recall`, `kid`; demo gives `frechet_distance`.
-        batch_size: images per forward pass; the values do not depend on it.
+            `recall`, `kid`; dinov2 gives `fd_dinov2`, `kd_dinov2`; demo gives `frechet_distance`.
+        batch_size: images per forward pass; the values do not depend on it beyond the rounding of the network.
         progress: show bars.
 
+    For several processes, and features kept on disk: `extract` both, then `compare`.
     Raises `UserError` for unequal image sizes and for fewer images than the covariance needs (dimension + 1).
     """
     check_images(reference, samples, extractor)
     if not isinstance(reference, FeatureSet):
         reference = extract(reference, extractor, batch_size, "reference" if progress else None)
     sample_features = extract(samples, extractor, batch_size, "samples" if progress else None)
-    return compare(reference, sample_features, extractor.name, device=next(extractor.parameters()).device)
-
-
-def check_images(reference: Images | FeatureSet, samples: Images, extractor: Extractor) -> None:
-    """Raise `UserError` for what would spoil the comparison, before anything is computed."""
-    if len(samples) <= extractor.dimension:
-        raise UserError(_too_few("samples", len(samples), extractor))
-    _check_shape("samples", samples, extractor)
-    if isinstance(reference, FeatureSet):
-        return
-    stored = _stored_statistics(reference, extractor)
-    for name, dimension in (("mu", extractor.dimension), ("mu_s", SPATIAL_DIMENSION)):
-        if name in stored and stored[name].shape != (dimension,):
-            raise UserError(f"reference: {name} of shape {stored[name].shape}; expected ({dimension},)")
-    if "mu" not in stored and len(reference) <= extractor.dimension:
-        raise UserError(_too_few("reference", len(reference), extractor))
-    if len(reference) == 0:
-        return
-    _check_shape("reference", reference, extractor)
-    if reference.shape[1:3] != samples.shape[1:3]:
-        sizes = ["{}x{}".format(*images.shape[1:3]) for images in (reference, samples)]
-        raise UserError(
-            f"image sizes differ: reference {sizes[0]}, samples {sizes[1]} (height x width); "
-            "give a reference of the samples' resolution"
-        )
-
-
-def extract(images: Images, extractor: Extractor, batch_size: int = 64, label: str | None = None) -> FeatureSet:
-    """Run the extractor over images; `label` names the progress bar, None shows none.
-
-    Memory: pool features and logits are kept (0.6 GB for 50,000 images with Inception, twice that for a moment
-    at the end); of the spatial features only mean and covariance; of the images one batch.
-    """
     device = next(extractor.parameters()).device
-    pool_statistics = FeatureStatistics(extractor.dimension)
-    spatial_statistics = FeatureStatistics(SPATIAL_DIMENSION)
-    pool, logits = [], []
-    with tqdm(total=len(images), desc=label, unit="img", disable=label is None) as bar:
-        for batch in _batches(images, batch_size):
-            features = extractor(torch.from_numpy(batch.copy()).to(device))  # copied: a view of a file is read-only
-            pool.append(features.pool.cpu().numpy())
-            pool_statistics.update(pool[-1])
-            if features.spatial is not None:
-                spatial_statistics.update(features.spatial.cpu().numpy())
-                logits.append(features.logits.cpu().numpy())
-            bar.update(len(batch))
-    stored = _stored_statistics(images, extractor)
-    gaussian = (stored["mu"], stored["sigma"]) if "mu" in stored else _gaussian(pool_statistics)
-    spatial = (stored["mu_s"], stored["sigma_s"]) if "mu_s" in stored else _gaussian(spatial_statistics)
-    return FeatureSet(
-        count=len(images),
-        gaussian=gaussian,
-        spatial_gaussian=spatial,
-        pool=np.concatenate(pool) if pool else None,
-        logits=np.concatenate(logits) if logits else None,
-    )
+    return compare(reference, sample_features, extractor.name, device=device, progress=progress)
 
 
 def compare(
-    reference: FeatureSet, samples: FeatureSet, extractor_name: str, device: str | torch.device = "cpu"
+    reference: FeatureSet,
+    samples: FeatureSet,
+    extractor_name: str,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> dict[str, float]:
     """Metrics of samples against reference; those that their features do not allow are left out.
 
     The demo features give the Frechet distance alone: among them the nearest-neighbour balls of a few odd images
-    are wide enough to hold even noise, so that precision would mislead.
+    are wide enough to hold even noise, so that precision would mislead. DINOv2 gives the two distances of Stein et al.
+    (2023); their precision and recall are of 10,000 images drawn at random, and would not be those of all.
     """
     distance = frechet_distance(*reference.gaussian, *samples.gaussian)
     if extractor_name == "demo":
         return {"frechet_distance": distance}
+    if extractor_name == "dinov2":
+        return {"fd_dinov2": distance, "kd_dinov2": kernel_distance(reference.pool, samples.pool)}
     metrics = {"fid": distance}
     if reference.spatial_gaussian and samples.spatial_gaussian:
         metrics["sfid"] = frechet_distance(*reference.spatial_gaussian, *samples.spatial_gaussian)
     if samples.logits is not None:
         metrics["inception_score"] = inception_score(samples.logits)
     if reference.pool is not None:
-        metrics["precision"], metrics["recall"] = precision_recall(reference.pool, samples.pool, device=device)
-        metrics["kid"] = kernel_distance(reference.pool, samples.pool)
+        pools = reference.pool, samples.pool
+        metrics["precision"], metrics["recall"] = precision_recall(*pools, device=device, progress=progress)
+        metrics["kid"] = kernel_distance(*pools)
     return metrics
 
 
@@ -153,18 +92,29 @@ def precision_recall(
     k: int = 3,
     block: int = 4096,
     device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019), exact distances in float64.
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of all images given, exact distances in float64.
 
     Precision: the share of samples within the k-th nearest neighbour radius of some reference image; recall
-    the reverse. reference (M, D), samples (N, D); at most a few `block` x `block` distances are held at once.
+    the reverse. reference (M, D), samples (N, D), M and N above k; `block` x `block` distances are held at once, and
+    the features in float64.
+
+    ADM's evaluator rounds the distances to float16 where they fit; these are exact.
     """
     centre = reference.mean(axis=0, dtype=np.float64)  # distances lose fewer digits near the origin
     ref, gen = (torch.from_numpy(features - centre).to(device) for features in (reference, samples))
-    ref_radii, gen_radii = _squared_radii(ref, k, block), _squared_radii(gen, k, block)
-    precision = _covered(gen, ref, ref_radii, block)
-    recall = _covered(ref, gen, gen_radii, block)
-    return precision, recall
+    pairs = len(ref) * (len(ref) + block) // 2 + len(gen) * (len(gen) + block) // 2 + len(ref) * len(gen)
+    with tqdm(total=pairs, desc="precision, recall", unit="pair", unit_scale=True, disable=not progress) as bar:
+        ref_radii, gen_radii = _squared_radii(ref, k, block, bar), _squared_radii(gen, k, block, bar)
+        ref_covered, gen_covered = (torch.zeros(len(x), dtype=torch.bool, device=device) for x in (ref, gen))
+        for rows in _blocks(len(ref), block):
+            for columns in _blocks(len(gen), block):
+                distances = _squared_distances(ref[rows], gen[columns])
+                gen_covered[columns] |= (distances <= ref_radii[rows, None]).any(dim=0)
+                ref_covered[rows] |= (distances <= gen_radii[None, columns]).any(dim=1)
+                bar.update(distances.numel())
+    return float(gen_covered.double().mean()), float(ref_covered.double().mean())
 
 
 def kernel_distance(
@@ -187,68 +137,34 @@ def kernel_distance(
     return float(np.mean(distances))
 
 
+def _blocks(total: int, block: int) -> Iterator[slice]:
+    return (slice(start, min(start + block, total)) for start in range(0, total, block))
+
+
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m)."""
-    squares = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)[None, :]
-    return (squares - 2 * a @ b.T).clamp(min=0)
+    distances = torch.addmm(b.square().sum(dim=1), a, b.T, alpha=-2)
+    return distances.add_(a.square().sum(dim=1)[:, None]).clamp_(min=0)
 
 
-def _squared_radii(points: Tensor, k: int, block: int) -> Tensor:
+def _squared_radii(points: Tensor, k: int, block: int, bar: tqdm) -> Tensor:
     """Squared distance of each point to its k-th nearest other point: (N, D) -> (N,)."""
-    radii = []
-    for rows in range(0, len(points), block):
-        nearest = points.new_full((len(points[rows : rows + block]), k), torch.inf)
-        for columns in range(0, len(points), block):
-            distances = _squared_distances(points[rows : rows + block], points[columns : columns + block])
+    nearest = points.new_full((len(points), k), torch.inf)
+    for rows in _blocks(len(points), block):
+        for columns in _blocks(len(points), block):
+            if columns.start < rows.start:
+                continue  # seen from the other side
+            distances = _squared_distances(points[rows], points[columns])
+            bar.update(distances.numel())
             if rows == columns:
                 distances.fill_diagonal_(torch.inf)  # a point is no neighbour of itself
-            nearest = torch.cat([nearest, distances], dim=1).topk(k, largest=False).values
-        radii.append(nearest[:, -1])
-    return torch.cat(radii)
+            else:
+                nearest[columns] = _smallest(nearest[columns], distances.T, k)
+            nearest[rows] = _smallest(nearest[rows], distances, k)
+    return nearest[:, -1]
 
 
-def _covered(points: Tensor, centres: Tensor, squared_radii: Tensor, block: int) -> float:
-    """Share of the points that lie within the radius of at least one centre."""
-    count = 0
-    for rows in range(0, len(points), block):
-        inside = torch.zeros(len(points[rows : rows + block]), dtype=torch.bool, device=points.device)
-        for columns in range(0, len(centres), block):
-            distances = _squared_distances(points[rows : rows + block], centres[columns : columns + block])
-            inside |= (distances <= squared_radii[columns : columns + block]).any(dim=1)
-        count += int(inside.sum())
-    return count / len(points)
-
-
-def _batches(images: Images, batch_size: int) -> Iterator[np.ndarray]:
-    if len(images) == 0:
-        return iter(())
-    if isinstance(images, ImageArchive):
-        return images.batches(batch_size)
-    return (images[start : start + batch_size] for start in range(0, len(images), batch_size))
-
-
-def _gaussian(statistics: FeatureStatistics) -> Gaussian | None:
-    return (statistics.mean, statistics.covariance) if statistics.count > 1 else None
-
-
-def _stored_statistics(images: Images, extractor: Extractor) -> dict[str, np.ndarray]:
-    """An archive's own statistics: they are Inception's, and mean nothing to another extractor."""
-    return images.statistics if isinstance(images, ImageArchive) and extractor.name == "inception" else {}
-
-
-def _check_shape(label: str, images: Images, extractor: Extractor) -> None:
-    if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
-        raise UserError(f"{label}: {images.dtype} of shape {images.shape}; expected uint8 (N, H, W, 3), values 0..255")
-    expected = extractor.image_size
-    if expected and tuple(images.shape[1:3]) != (expected, expected):
-        raise UserError(
-            f"{label}: images of {images.shape[1]}x{images.shape[2]}, but the {extractor.name} features are "
-            f"made for {expected}x{expected}; use --features inception"
-        )
-
-
-def _too_few(label: str, count: int, extractor: Extractor) -> str:
-    return (
-        f"{label}: {count} images, but the covariance of {extractor.dimension} {extractor.name} features "
-        f"needs at least {extractor.dimension + 1}; give more images"
-    )
+def _smallest(known: Tensor, more: Tensor, k: int) -> Tensor:
+    """The k smallest of each row in ascending order, of known (n, k) and more (n, m)."""
+    few = more.topk(min(k, more.shape[1]), largest=False).values
+    return torch.cat([known, few], dim=1).sort(dim=1).values[:, :k]

@@ -9,33 +9,42 @@ from errors import UserError
 class FeatureStatistics:
     """Running mean and covariance of feature rows, in float64.
 
-    Each batch is merged by its own mean and scatter matrix (Chan et al. 1979), so the result does not depend
-    on how the rows were split, nor lose digits when the mean is large against the spread.
+    Rows are merged in blocks of fixed size, each by its own mean and scatter matrix (Chan et al. 1979): the result is
+    the same to the last bit however the rows were split, and loses no digits when the mean is large against the
+    spread.
     """
 
-    def __init__(self, dimension: int) -> None:
+    def __init__(self, dimension: int, block: int = 1024) -> None:
         self.count = 0
-        self.mean = np.zeros(dimension)
-        self._scatter = np.zeros((dimension, dimension))
+        self._waiting = np.empty((block, dimension))  # rows of the block that is not yet full
+        self._merged = (0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
     def update(self, features: np.ndarray) -> None:
         """Add rows: features (n, dimension), any float type."""
-        features = np.asarray(features, dtype=np.float64)
-        n = len(features)
-        if n == 0:
-            return
-        batch_mean = features.mean(axis=0)
-        centred = features - batch_mean
-        total = self.count + n
-        shift = batch_mean - self.mean
-        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * n / total)
-        self.mean += shift * (n / total)
-        self.count = total
+        block = len(self._waiting)
+        while len(features):
+            held = self.count % block
+            part, features = features[: block - held], features[block - held :]
+            self._waiting[held : held + len(part)] = part
+            self.count += len(part)
+            if self.count % block == 0:
+                self._merged = _merge(*self._merged, self._waiting)
 
-    @property
-    def covariance(self) -> np.ndarray:
-        """(dimension, dimension), unbiased (divided by count - 1), as `np.cov`."""
-        return self._scatter / (self.count - 1)
+    def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (dimension,) and covariance (dimension, dimension), divided by count - 1 as in `np.cov`."""
+        count, mean, scatter = _merge(*self._merged, self._waiting[: self.count % len(self._waiting)])
+        return mean, scatter / (count - 1)
+
+
+def _merge(count: int, mean: np.ndarray, scatter: np.ndarray, rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """Count, mean and scatter matrix with `rows` added."""
+    if len(rows) == 0:
+        return count, mean, scatter
+    row_mean = rows.mean(axis=0)
+    centred, shift = rows - row_mean, row_mean - mean
+    total = count + len(rows)
+    scatter = scatter + centred.T @ centred + np.outer(shift, shift) * (count * len(rows) / total)
+    return total, mean + shift * (len(rows) / total), scatter
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:

@@ -65,7 +65,8 @@ def inception_statistics(
             pool.update(features.pool.cpu().numpy())
             spatial.update(features.spatial.cpu().numpy())
             bar.update(len(batch))
-    return {"mu": pool.mean, "sigma": pool.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    (mu, sigma), (mu_s, sigma_s) = pool.gaussian(), spatial.gaussian()
+    return {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
 
 
 def _write_images(place: Path, source: SourceImages, indices: Sequence[int]) -> None:

@@ -4,9 +4,10 @@ import json
 import sys
 
 import numpy as np
+import pytest
 from sample_data import contents
 
-from benchmarks import data_loading
+from benchmarks import data_loading, evaluation
 from dataset import PackedLatents
 
 
@@ -27,3 +28,21 @@ def test_the_sparse_dataset_is_one(tmp_path):
     data_loading.write_sparse(tmp_path / "sparse", 300, shard_rows=128)
     data = PackedLatents(tmp_path / "sparse")
     assert len(data) == len(data.names) == 300 and not data.gather(np.array([0, 299]))[0].any()
+
+
+def test_evaluation_measures_routes_that_agree(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "in_new_process", lambda work, *given: work(*given))  # one takes seconds to start
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # main sets them, too
+    flags = ["--images", 300, "--dimension", 24, "--threads", 1, "--output", tmp_path / "figures.json"]
+    monkeypatch.setattr(sys, "argv", ["evaluation", *map(str, flags)])
+    evaluation.main()
+    results = json.loads((tmp_path / "figures.json").read_text())["results"]
+    printed = capsys.readouterr().out
+    for name, (_, _, plain) in evaluation.ROUTES.items():
+        assert results[name]["seconds"] > 0 and name in printed
+        if plain:
+            assert results[name]["value"] == pytest.approx(results[plain]["value"], rel=1e-9)
+            assert results[name]["seconds_of_plain"] > 0
+    precision, recall = results["precision and recall, ours"]["value"]
+    assert 0 < precision < 1 and 0 < recall < 1

@@ -1,16 +1,20 @@
 """Statistics, metrics, the archive reader and the command: against closed forms and direct definitions."""
 
+import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import load_file
+from test_processes import launch
 
 import evaluate as command
 from errors import UserError
-from evaluation import ImageArchive, compare, evaluate, extract, frechet_distance, metrics
+from evaluation import ImageArchive, compare, evaluate, extract, extraction, frechet_distance, metrics
 from evaluation.features import Features
 from evaluation.statistics import FeatureStatistics
 
@@ -42,15 +46,29 @@ class ColourFeatures(torch.nn.Module):
 # ---------------------------------------------------------------- statistics
 
 
-def test_statistics_do_not_depend_on_the_batch_split(rng):
+@pytest.mark.parametrize("block", [10, 101, 1024])
+def test_statistics_do_not_depend_on_the_batch_split(rng, block):
     rows = rng.normal(size=(101, 6)) @ rng.normal(size=(6, 6)) + 1e4  # a mean that costs naive sums many digits
+    seen = set()
     for split in ([101], [1] * 101, [50, 0, 51], [7, 93, 1]):
-        statistics = FeatureStatistics(6)
+        statistics = FeatureStatistics(6, block)
         for part in np.split(rows, np.cumsum(split)[:-1]):
             statistics.update(part)
         assert statistics.count == 101
-        np.testing.assert_allclose(statistics.mean, rows.mean(axis=0), rtol=1e-14)
-        np.testing.assert_allclose(statistics.covariance, np.cov(rows, rowvar=False), rtol=1e-9)
+        mean, covariance = statistics.gaussian()
+        np.testing.assert_allclose(mean, rows.mean(axis=0), rtol=1e-14)
+        np.testing.assert_allclose(covariance, np.cov(rows, rowvar=False), rtol=1e-9)
+        seen.add((mean.tobytes(), covariance.tobytes()))
+    assert len(seen) == 1  # to the last bit
+
+
+def test_statistics_may_be_read_midway(rng):
+    rows = rng.normal(size=(50, 3))
+    statistics = FeatureStatistics(3, block=8)
+    statistics.update(rows[:21])
+    np.testing.assert_allclose(statistics.gaussian()[1], np.cov(rows[:21], rowvar=False), rtol=1e-12)
+    statistics.update(rows[21:])
+    np.testing.assert_allclose(statistics.gaussian()[1], np.cov(rows, rowvar=False), rtol=1e-12)
 
 
 def test_frechet_distance_of_diagonal_gaussians(rng):
@@ -66,6 +84,25 @@ def test_frechet_distance_of_commuting_covariances(rng):
     sigma1, sigma2 = ((basis * std**2) @ basis.T for std in (std1, std2))
     mu = rng.normal(size=20)
     assert frechet_distance(mu, sigma1, mu, sigma2) == pytest.approx(np.sum((std1 - std2) ** 2), rel=1e-9)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute(rng):
+    """Of two planes' covariances, tr (AB)^(1/2) = (tr AB + 2 (det AB)^(1/2))^(1/2); ten planes add up."""
+    basis, _ = np.linalg.qr(rng.normal(size=(20, 20)))
+    blocks = [[random_covariance(rng, 2) for _ in range(10)] for _ in range(2)]
+    sigma1, sigma2 = (basis @ scipy.linalg.block_diag(*planes) @ basis.T for planes in blocks)
+    assert np.linalg.norm(sigma1 @ sigma2 - sigma2 @ sigma1) > 0.1
+    roots = [np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b))) for a, b in zip(*blocks, strict=True)]
+    expected = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sum(roots)
+    assert frechet_distance(np.zeros(20), sigma1, np.zeros(20), sigma2) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_two_lines(rng):
+    """Rank one each, not commuting: tr (aa'bb')^(1/2) = |a.b|."""
+    a, b = rng.normal(size=(2, 30))
+    expected = a @ a + b @ b - 2 * abs(a @ b)
+    distance = frechet_distance(np.zeros(30), np.outer(a, a), np.zeros(30), np.outer(b, b))
+    assert distance == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_against_the_matrix_root(rng):
@@ -111,6 +148,14 @@ def test_inception_score_averages_consecutive_splits(rng):
     assert metrics.inception_score(logits, split_size=10) == pytest.approx(np.mean(expected), rel=1e-12)
 
 
+def test_inception_score_is_torch_fidelitys(rng):
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = rng.normal(size=(40, 6)).astype(np.float32) * 3
+    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=4, shuffle=False)["inception_score_mean"]
+    assert metrics.inception_score(logits, split_size=10) == pytest.approx(theirs, rel=1e-12)
+
+
 def direct_precision_recall(reference, samples, k):
     def radius(points, i):
         others = np.delete(points, i, axis=0)
@@ -130,6 +175,22 @@ def test_precision_and_recall_against_their_definition(rng, block):
     expected = direct_precision_recall(reference.astype(float), samples.astype(float), k=3)
     assert 0 < expected[1] < expected[0] < 1
     assert metrics.precision_recall(reference, samples, k=3, block=block) == pytest.approx(expected, abs=1e-12)
+
+
+def test_precision_and_recall_are_torch_fidelitys(rng):
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+    reference, samples = rng.normal(size=(50, 6)), rng.normal(size=(70, 6)) * 1.2
+    theirs = calculate_precision_recall_full(torch.from_numpy(samples), torch.from_numpy(reference), neighborhood=3)
+    assert 0 < theirs[0] < 1 and 0 < theirs[1] < 1
+    assert metrics.precision_recall(reference, samples, block=16) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_copies_have_radius_zero(rng):
+    """Images that occur more than k times: their neighbourhood is a point, and holds its copies."""
+    reference = np.repeat(rng.normal(size=(2, 5)), 4, axis=0).astype(np.float32)
+    samples = np.concatenate([reference[:6], rng.normal(size=(2, 5)).astype(np.float32) + 9])
+    assert metrics.precision_recall(reference, samples, block=3)[0] == 6 / 8
 
 
 def test_kernel_distance_against_its_definition_and_torch_fidelity(rng):
@@ -205,7 +266,7 @@ def test_stored_reference_statistics_are_used_as_they_are(rng, tmp_path):
         evaluate(ImageArchive(tmp_path / "statistics.npz"), samples, extractor, progress=False)
 
 
-def test_unfit_images_are_refused_before_any_work(rng):
+def test_unfit_images_are_refused_before_any_work(rng, tmp_path):
     extractor = ColourFeatures()
     images = colour_images(rng, 12)
     with pytest.raises(UserError, match=r"samples: 5 images.*at least 6"):
@@ -216,6 +277,125 @@ def test_unfit_images_are_refused_before_any_work(rng):
         evaluate(images, images[:, :, :5], extractor)
     with pytest.raises(UserError, match="float64"):
         evaluate(images, images / 255, extractor)
+    for name, array in (("mu", np.zeros(4)), ("sigma", np.eye(4)), ("mu_s", np.zeros(4)), ("sigma_s", np.eye(4))):
+        stored = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(2023), "sigma_s": np.zeros((2023, 2023))}
+        np.savez(tmp_path / "r.npz", **{**stored, name: array})
+        with pytest.raises(UserError, match=rf"reference: {name} of shape \(4"):
+            evaluate(ImageArchive(tmp_path / "r.npz"), images, extractor)
+
+
+class EveryFeature(torch.nn.Module):
+    """A stand-in with all that Inception has, of few numbers."""
+
+    name, dimension, image_size, weights_sha256 = "inception", 5, None, "0" * 64
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4 * 6 * 3, 15, generator=torch.Generator().manual_seed(0)) / 99)
+        self.calls = 0
+
+    @torch.no_grad()
+    def forward(self, images):
+        self.calls += 1
+        features = images.flatten(1).float() @ self.weight
+        return Features(features[:, :5], features[:, 5:8], features[:, 8:])
+
+
+def test_adms_statistics_serve_as_they_are_in_both_distances(rng, tmp_path, monkeypatch):
+    """A batch of ADM's: a few images for precision and recall, statistics of the whole training set."""
+    monkeypatch.setattr(extraction, "SPATIAL_DIMENSION", 3)
+    reference, samples, extractor = colour_images(rng, 20), colour_images(rng, 30), EveryFeature()
+    stored = {"mu": rng.normal(size=5), "sigma": random_covariance(rng, 5)}
+    stored |= {"mu_s": rng.normal(size=3), "sigma_s": random_covariance(rng, 3)}
+    np.savez(tmp_path / "adm.npz", arr_0=reference, arr_1=np.arange(20), **stored)
+    np.savez(tmp_path / "fid_only.npz", arr_0=reference, mu=stored["mu"], sigma=stored["sigma"])
+    np.savez(tmp_path / "images.npz", arr_0=reference)
+    drawn, spatial = (extract(samples, extractor).gaussian, extract(samples, extractor).spatial_gaussian)
+    adm, fid_only, images = (
+        evaluate(ImageArchive(tmp_path / name), samples, extractor, progress=False)
+        for name in ("adm.npz", "fid_only.npz", "images.npz")
+    )
+    assert adm["fid"] == frechet_distance(stored["mu"], stored["sigma"], *drawn)
+    assert adm["sfid"] == frechet_distance(stored["mu_s"], stored["sigma_s"], *spatial)
+    assert fid_only == {**adm, "sfid": images["sfid"]}  # what is not stored is of the images
+    for name in ("precision", "recall", "kid", "inception_score"):  # statistics serve the distances alone
+        assert adm[name] == images[name]
+    assert adm["fid"] != images["fid"] and adm["sfid"] != images["sfid"]
+
+
+# ---------------------------------------------------------------- features kept
+
+
+def test_kept_features_give_the_same_numbers_and_no_work(rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "SPATIAL_DIMENSION", 3)
+    np.savez(tmp_path / "r.npz", arr_0=colour_images(rng, 40), mu=rng.normal(size=5), sigma=random_covariance(rng, 5))
+    np.savez(tmp_path / "s.npz", arr_0=colour_images(rng, 33, 0.8))
+    extractor, cache = EveryFeature(), tmp_path / "new" / "cache"
+
+    def values():
+        extractor.calls = 0
+        archives = ImageArchive(tmp_path / "r.npz"), ImageArchive(tmp_path / "s.npz")
+        features = [extract(archive, extractor, 8, cache=cache) for archive in archives]
+        return compare(*features, "inception"), extractor.calls
+
+    plain = evaluate(*(ImageArchive(tmp_path / f"{name}.npz") for name in "rs"), extractor, 8, progress=False)
+    assert set(plain) == {"fid", "sfid", "inception_score", "precision", "recall", "kid"}
+    assert values() == (plain, 5 + 5)
+    assert values() == (plain, 0)
+    kept = sorted(cache.iterdir())
+    assert len(kept) == 2
+
+    for damage in (b"", kept[0].read_bytes()[:900], kept[0].read_bytes()[:400] + b"?" + kept[0].read_bytes()[401:]):
+        kept[0].write_bytes(damage)
+        assert values() == (plain, 5)
+    assert values() == (plain, 0)
+    extractor.weights_sha256 = "1" * 64
+    assert values() == (plain, 10)
+    assert len(list(cache.iterdir())) == 4
+
+    np.savez(tmp_path / "s.npz", arr_0=colour_images(rng, 33))  # other images under the old name
+    assert values()[0] != plain
+
+
+# ---------------------------------------------------------------- many processes
+
+
+def test_three_processes_extract_what_one_does(rng, tmp_path, monkeypatch):
+    """Bit for bit, in image order: 29 images in eight batches of at most four, so that the last round is not full."""
+    monkeypatch.setattr(extraction, "SPATIAL_DIMENSION", 3)
+    np.savez(tmp_path / "s.npz", arr_0=colour_images(rng, 29))
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "import numpy as np\n"
+        "import torch\n"
+        "from evaluation import ImageArchive, extract, extraction\n"
+        "from processes import join_processes\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "from test_evaluation import EveryFeature\n"
+        "folder = sys.argv[1]\n"
+        "extraction.SPATIAL_DIMENSION = 3\n"
+        "process = join_processes()\n"
+        "archive, extractor = ImageArchive(f'{folder}/s.npz'), EveryFeature()\n"
+        "found = extract(archive, extractor, 4, process=process, cache=f'{folder}/cache')\n"
+        "assert 2 <= extractor.calls <= 3\n"
+        "again = extract(archive, extractor, 4, process=process, cache=f'{folder}/cache')\n"
+        "assert 2 <= extractor.calls <= 3\n"
+        "assert (found is None) == (again is None) == (process.process_index > 0)\n"
+        "if found:\n"
+        "    for name, each in {'found': found, 'again': again}.items():\n"
+        "        arrays = [*each.gaussian, *each.spatial_gaussian, each.pool, each.logits]\n"
+        "        np.savez(f'{folder}/{name}.npz', *arrays)\n"
+        "process.wait_for_everyone()\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    launch(3, program, tmp_path)
+    one = extract(ImageArchive(tmp_path / "s.npz"), EveryFeature(), 4)
+    expected = [*one.gaussian, *one.spatial_gaussian, one.pool, one.logits]
+    for name in ("found", "again"):
+        with np.load(tmp_path / f"{name}.npz") as arrays:
+            for index, array in enumerate(expected):
+                np.testing.assert_array_equal(arrays[f"arr_{index}"], array)
 
 
 # ---------------------------------------------------------------- archives
@@ -231,14 +411,27 @@ def test_archive_streams_the_images_in_order(rng, tmp_path):
     np.testing.assert_array_equal(np.concatenate(parts), images)
 
 
+def test_archive_yields_every_nth_batch(rng, tmp_path):
+    images = rng.integers(0, 256, size=(10, 3, 5, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    archive = ImageArchive(tmp_path / "a.npz")
+    for step in (2, 3, 7):
+        for first in range(step):
+            parts = list(archive.batches(4, first, step))
+            expected = [images[start : start + 4] for start in range(0, 10, 4)][first::step]
+            assert len(parts) == len(expected)
+            assert all((a == b).all() for a, b in zip(parts, expected, strict=True))
+
+
 def test_damage_inside_the_images_is_noticed_while_streaming(rng, tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, arr_0=rng.integers(0, 256, size=(10, 16, 16, 3), dtype=np.uint8))
     content = bytearray(path.read_bytes())
     content[4000] ^= 255
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a complete"):
-        list(ImageArchive(path).batches(4))
+    for first in range(3):  # each of three processes would notice
+        with pytest.raises(UserError, match="not a complete"):
+            list(ImageArchive(path).batches(4, first, 3))
 
 
 # ---------------------------------------------------------------- the command
@@ -268,7 +461,99 @@ def test_command_writes_table_and_json(rng, tmp_path, monkeypatch, capsys):
     assert len(result["samples"]["sha256"]) == 64
     assert result["features"] == {"name": "inception", "weights_sha256": "none"}
     assert result["versions"]["torch"]
+    assert result["recipe"] is None and str(tmp_path / "s.npz") in result["command"]
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_what_spoils_a_comparison_is_noted(rng, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "s.npz", arr_0=colour_images(rng, 20))
+    np.savez(tmp_path / "r.npz", mu=np.zeros(5), sigma=np.eye(5))
+    code, out, _ = run(monkeypatch, capsys, tmp_path / "r.npz", tmp_path / "s.npz", "--json", tmp_path / "m.json")
+    assert code == 0
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert set(result["metrics"]) == {"fid"} and len(result["notes"]) == 2
+    assert "note: the reference holds statistics alone" in out and "not the published Inception weights" in out
+    extractor = ColourFeatures()
+    extractor.name = "dinov2"
+    (note,) = command.notes_on(ImageArchive(tmp_path / "s.npz"), extractor)
+    assert "50000 training images, this reference holds 20" in note
+
+
+def test_no_flag_is_both_evaluates_and_generates():
+    flags = [{f for action in parser._actions for f in action.option_strings} - {"-h", "--help"}
+             for parser in (command.build_parser(), command.generate.build_parser())]  # fmt: skip
+    assert flags[0] and flags[1] and not flags[0] & flags[1]
+
+
+def test_recipe_travels_with_the_number(rng, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "r.npz", arr_0=colour_images(rng, 20))
+    recipe = {"settings": {"method": "sde", "num_steps": 250}, "classes": "balanced"}
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    pair = [tmp_path / "r.npz", tmp_path / "r.npz"]
+    assert run(monkeypatch, capsys, *pair, "--json", tmp_path / "m.json")[0] == 0
+    assert json.loads((tmp_path / "m.json").read_text())["recipe"] == recipe
+    code, _, err = run(monkeypatch, capsys, *pair, "--json", tmp_path / "r.json")
+    assert code == 2 and "r.json: there generate.py tells" in err
+    assert json.loads((tmp_path / "r.json").read_text()) == recipe
+
+
+# ---------------------------------------------------------------- a checkpoint in place of samples
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A checkpoint as the official release writes it, of a network that fits the demo VAE; and a reference."""
+    folder = tmp_path_factory.mktemp("official")
+    golden = Path(__file__).parent / "golden"
+    weights = load_file(golden / "deepflow_tiny_2T.safetensors")
+    flags = json.loads((golden / "deepflow_tiny_2T.json").read_text())
+    args = argparse.Namespace(
+        model="x", num_heads=flags["num_heads"], df_idxs=str(flags["df_idxs"]), legacy_scaling=False
+    )
+    torch.save({"model": weights, "ema": weights, "opt": {}, "args": args, "steps": 7}, folder / "tiny.pt")
+    images = np.random.default_rng(0).integers(0, 256, size=(80, 64, 64, 3), dtype=np.uint8)
+    np.savez(folder / "r.npz", arr_0=images)
+    return folder
+
+
+SAMPLING = ["--features", "demo", "--num-fid-samples", 70, "--num-steps", 2, "--vae", "assets/demo_vae"]
+
+
+def test_official_checkpoint_to_numbers_on_one_and_two_processes(official, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    command_line = ["evaluate.py", official / "r.npz", official / "tiny.pt", "--batch-size", 16, *SAMPLING]
+    command_line += ["--cfg-scale", 1.5, "--sample-dir", tmp_path / "samples", "--name", "tiny", "--json"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command_line), str(tmp_path / "one.json")])
+    command.main()
+    one_printed = capsys.readouterr().out
+    two_printed = launch(2, *command_line, tmp_path / "two.json")
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    for result, printed in ((one, one_printed), (two, two_printed)):
+        assert f"{result['metrics']['frechet_distance']:.4f}" in printed
+    assert one["metrics"] == two["metrics"]  # the samples were there already, and are scored alike
+    assert one["samples"]["images"] == 70 and one["samples"]["sha256"] == two["samples"]["sha256"]
+    assert one["recipe"]["checkpoint"].endswith("tiny.pt") and one["recipe"]["settings"]["cfg_scale"] == 1.5
+    assert one["features"]["weights_sha256"] == command.load_extractor("demo").weights_sha256
+
+
+def test_mistakes_with_a_checkpoint_are_told_before_sampling(official, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    for reference, checkpoint, flags, words in (
+        ("r.npz", "tiny.pt", ["--num-fid-samples", 60], "--num-fid-samples: 60 images"),
+        ("none.npz", "tiny.pt", [], "none.npz: no such file"),
+        ("r.npz", "tiny.pt", ["--steps", 3], "--steps 3"),
+        ("r.npz", "none.safetensors", [], "no checkpoint at"),
+        ("r.npz", "r.npz", ["--num-steps", 3], "unrecognized arguments: --num-steps 3"),
+    ):
+        given = [official / reference, official / checkpoint, *SAMPLING[: 2 if checkpoint == "r.npz" else None], *flags]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, given), "--sample-dir", str(tmp_path / "out")])
+        if checkpoint == "r.npz":
+            sys.argv[-2:] = []
+        with pytest.raises(SystemExit, match="2"):
+            command.main()
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and words in err, err
+    assert not (tmp_path / "out").exists()
 
 
 def bad_archives(folder, rng):
@@ -281,6 +566,7 @@ def bad_archives(folder, rng):
     np.savez(folder / "object.npz", arr_0=np.array([{}], dtype=object))
     np.savez(folder / "few.npz", arr_0=images[:5])
     np.savez(folder / "small.npz", arr_0=images[:, :3])
+    np.savez(folder / "half.npz", arr_0=images, mu=np.zeros(5))
     (folder / "truncated.npz").write_bytes((folder / "good.npz").read_bytes()[:700])
     (folder / "text.npz").write_text("no archive")
     np.save(folder / "array.npy", images)
@@ -292,6 +578,7 @@ def bad_archives(folder, rng):
         ("object.npz", "object"),
         ("few.npz", "5 images"),
         ("small.npz", "3x6"),
+        ("half.npz", "only one of mu and sigma"),
         ("truncated.npz", "not a complete"),
         ("text.npz", "not a complete"),
         ("array.npy", "not a complete"),
@@ -314,6 +601,7 @@ def test_bad_flags_exit_2_with_one_line(rng, tmp_path, monkeypatch, capsys):
         ["--device", "nonsense"],
         ["--json", str(tmp_path)],
         ["--json", str(tmp_path / "no" / "out.json")],
+        ["--cache", str(tmp_path / "r.npz")],
     ):
         code, _, err = run(monkeypatch, capsys, tmp_path / "r.npz", tmp_path / "r.npz", *flags)
         assert (code, err.count("\n")) == (2, 1), (flags, err)
