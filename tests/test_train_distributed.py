@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -55,7 +56,9 @@ def test_ten_steps_on_two_processes_equal_five_and_five_more_bit_for_bit(torchru
 
 def test_a_sample_that_is_not_finite_is_named_with_its_process(torchrun, tmp_path):
     data = write_dataset(tmp_path / "spoilt")
-    spoil(data, sample := int(DataOrder(COUNT, 8, seed=0).batch(2)[-1]))  # of the second process, in the third step
+    *before, third = map(DataOrder(COUNT, 8, seed=0).batch, range(3))
+    sample = next(int(index) for index in third[4:] if index not in np.concatenate(before))  # of the second process
+    spoil(data, sample)
     error = torchrun("--data-dir", data, "--checkpointing-steps", "1", code=1)
     assert f"error: step 2: not finite: velocity loss on rank 1, samples {sample}; acceleration loss on rank 1" in error
     assert saved_steps(tmp_path / "run") == [1, 2]

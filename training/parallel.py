@@ -53,7 +53,7 @@ def replicate(network: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return network
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def averaging(model: nn.Module, wanted: bool) -> AbstractContextManager:
