@@ -27,7 +27,16 @@ def test_every_flag_of_train_is_in_the_table():
 
 def test_every_flag_mentioned_exists():
     known = flags_of(options.build_parser()) | flags_of(generate.build_parser()) | flags_of(evaluate.build_parser())
-    known |= {"--source", "--dest", "--vae", "--resolution", "--flip", "--images", "--feature-weights"}  # dataset_tools
+    known |= {
+        "--dtype",
+        "--source",
+        "--dest",
+        "--vae",
+        "--resolution",
+        "--flip",
+        "--images",
+        "--feature-weights",
+    }  # dataset_tools
     assert set(FLAG.findall(README)) <= known
 
 
@@ -40,9 +49,21 @@ def test_defaults_in_the_table_are_the_parsers():
         values = [value.strip(" `") for value in cells[1].split(",")] if len(cells) == 3 else []
         for flag, value in zip(flags, values, strict=False):
             if re.fullmatch(r"[\d.e-]+", value):
-                assert float(value) == defaults[flag], flag
+                default = defaults[flag]
+                assert [float(value)] == (default if isinstance(default, list) else [default]), flag
                 checked += 1
-            elif value in ("off", "auto", "linear", "lognormal", "constant", "none", "v", "runs", "DeepFlow-XL/2"):
+            elif value in (
+                "off",
+                "auto",
+                "linear",
+                "lognormal",
+                "constant",
+                "none",
+                "v",
+                "runs",
+                "logs",
+                "DeepFlow-XL/2",
+            ):
                 assert defaults[flag] == (False if value == "off" else value), flag
                 checked += 1
     assert checked > 20
