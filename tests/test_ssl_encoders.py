@@ -179,7 +179,11 @@ def test_timms_own_weights_from_a_file(tmp_path, trained, name, suffix):
     encoder = trained(name)
     weights = encoder.vit.state_dict()
     if name.startswith("mae"):  # stored with the norm that is not used, and with the decoder beside
-        weights |= {"norm.weight": torch.ones(768), "norm.bias": torch.zeros(768), "decoder_embed.weight": torch.ones(3)}
+        weights |= {
+            "norm.weight": torch.ones(768),
+            "norm.bias": torch.zeros(768),
+            "decoder_embed.weight": torch.ones(3),
+        }
     file = tmp_path / f"weights{suffix}"
     save_file(weights, file) if suffix == ".safetensors" else torch.save({"model": weights}, file)
     assert torch.equal(load_encoder(name, 4, file)(images()), encoder(images()))

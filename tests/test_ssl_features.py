@@ -192,9 +192,7 @@ def test_alignment_on_the_fly_and_precomputed_agree(encoded):
     model = DeepFlow(16, 4, 2, 3, projector_dim=8, df_idxs=[2], input_size=4, ssl_dim=features.width)
     features.check_belongs(data, tokens=4)
     encoder, loss = load_encoder(VIT, 2, "random"), DeepFlowLoss()
-    for batch in itertools.islice(
-        latent_batches(data, DataOrder(9, 8, 0), with_images=True, features=[features]), 4
-    ):
+    for batch in itertools.islice(latent_batches(data, DataOrder(9, 8, 0), with_images=True, features=[features]), 4):
         x0 = sample_latents(batch.moments, data.scaling_factor, torch.zeros(8, 4, 4, 4))
         stored, fresh = (
             loss(model, x0, batch.labels, torch.Generator().manual_seed(1), given)
@@ -219,7 +217,9 @@ def test_alignment_trains_what_comes_before_it_and_not_the_encoder(encoded, df_i
         torch.nn.init.normal_(parameter, std=0.1)
     before = [p.clone() for p in encoder.parameters()]
     features = encoder(torch.from_numpy(data.gather_images(np.arange(8))))
-    terms = DeepFlowLoss()(model, torch.randn(8, 4, 4, 4), torch.zeros(8, dtype=torch.long), torch.Generator(), features)
+    terms = DeepFlowLoss()(
+        model, torch.randn(8, 4, 4, 4), torch.zeros(8, dtype=torch.long), torch.Generator(), features
+    )
     terms.alignment.sum().backward()
     aligned = (df_idxs or [repa_depth])[-1]
     trained = [block.attn.qkv.weight.grad is not None and block.attn.qkv.weight.grad.any() for block in model.blocks]
