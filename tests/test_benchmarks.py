@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from sample_data import contents
 
-from benchmarks import data_loading
+from benchmarks import data_loading, ssl_alignment
 from dataset import PackedLatents
 
 
@@ -27,3 +27,15 @@ def test_the_sparse_dataset_is_one(tmp_path):
     data_loading.write_sparse(tmp_path / "sparse", 300, shard_rows=128)
     data = PackedLatents(tmp_path / "sparse")
     assert len(data) == len(data.names) == 300 and not data.gather(np.array([0, 299]))[0].any()
+
+
+def test_ssl_alignment_measures_every_kind_of_step(tmp_path, monkeypatch, capsys):
+    flags = ["--model", "DeepFlow-Tiny/2", "--encoder", "timm:vit_tiny_patch16_224", "--resolution", 32, "--samples", 8]
+    flags += ["--batch-size", 2, "--steps", 1, "--device", "cpu", "--dir", tmp_path, "--output", tmp_path / "f.json"]
+    monkeypatch.setattr(sys, "argv", ["ssl_alignment", *map(str, flags)])
+    ssl_alignment.main()
+    results = json.loads((tmp_path / "f.json").read_text())["results"]
+    assert list(results) == ["no alignment", "packed features", "encoder at work"]
+    assert results["no alignment"]["times_plain"] == 1 and all(result["seconds"] > 0 for result in results.values())
+    assert "encoder at work" in capsys.readouterr().out
+    assert list(contents(tmp_path)) == ["f.json"]
