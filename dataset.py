@@ -12,7 +12,8 @@ A packed dataset is a folder written by `preprocessing/dataset_tools.py`:
     checksums.npy         (N, 1 or 2) uint32 CRC-32 of each row of the moments, and of the images
 
 The layout of the official release, a folder or zip of one `.npy` an image with a `dataset.json` of labels, is read
-through the same interface, `open_latents`, at the speed of one file a sample.
+through the same interface, `open_latents`, at the speed of one file a sample. Features of SSL encoders, packed in the
+same way, are in `ssl_features.py`.
 """
 
 import hashlib

@@ -230,6 +230,22 @@ def test_alignment_trains_what_comes_before_it_and_not_the_encoder(encoded, df_i
     assert all(map(torch.equal, before, encoder.parameters()))
 
 
+def test_training_raises_the_cosine(encoded):
+    data, features = PackedLatents(encoded / "latents"), PackedFeatures(encoded / "features")
+    torch.manual_seed(0)
+    model = DeepFlow(32, 4, 2, 3, projector_dim=32, df_idxs=[2], input_size=4, ssl_dim=[features.width] * 2)
+    optimizer, loss, cosines = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0), DeepFlowLoss(), []
+    batches = latent_batches(data, DataOrder(9, 9, 0), features=[features, features])
+    for step, batch in zip(range(40), batches, strict=False):
+        x0 = sample_latents(batch.moments, data.scaling_factor, torch.zeros(9, 4, 4, 4))
+        terms = loss(model, x0, batch.labels, torch.Generator().manual_seed(step), batch.features)
+        loss.total(terms).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cosines.append(-terms.alignment.mean().item())
+    assert abs(cosines[0]) < 0.05 and cosines[-1] > 0.2  # of images of noise, whose tokens share but a direction
+
+
 # ---- the official layout: images beside the latents
 
 
