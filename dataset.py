@@ -12,7 +12,8 @@ A packed dataset is a folder written by `preprocessing/dataset_tools.py`:
     checksums.npy         (N, 1 or 2) uint32 CRC-32 of each row of the moments, and of the images
 
 The layout of the official release, a folder or zip of one `.npy` an image with a `dataset.json` of labels, is read
-through the same interface, `open_latents`, at the speed of one file a sample.
+through the same interface, `open_latents`, at the speed of one file a sample. Features of SSL encoders, packed in the
+same way, are in `ssl_features.py`.
 """
 
 import hashlib
@@ -22,11 +23,11 @@ import math
 import mmap
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from tqdm import tqdm
 
 from errors import UserError
 from file_layout import FileLatents, load_npy
+
+if TYPE_CHECKING:
+    from ssl_features import PackedFeatures
 
 MANIFEST = "dataset.json"
 FORMAT = "deepflow-packed-latents"
@@ -57,7 +61,16 @@ def _are_shards(entries: object) -> bool:
     return isinstance(entries, list) and all(_is_file(entry) and _is_count(entry.get("count")) for entry in entries)
 
 
-# Key of the manifest -> whether its value is one that the readers can go on with.
+class Layout(NamedTuple):
+    """A kind of packed folder."""
+
+    format: str  # what its manifest calls itself
+    version: int
+    fields: dict[str, Callable[[Any], bool]]  # key -> whether its value is one that the readers can go on with
+    command: str  # of dataset_tools, that makes it
+    rows: str  # what its shards hold, and are called
+
+
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "count": _is_count,
     "num_classes": _is_count,
@@ -77,14 +90,17 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
+LATENTS = Layout(FORMAT, FORMAT_VERSION, FIELDS, "encode", "moments")
+
+
+def read_manifest(path: str | Path, layout: Layout = LATENTS) -> dict[str, Any]:
     """Read the manifest of the packed dataset in folder `path`.
 
     Raises `UserError` if the folder is missing or empty, was not finished, holds something else, was written in
     another version of the format, or if a value in the manifest is missing or of the wrong kind.
     """
     folder = Path(path)
-    remedy = f"make it with: python -m preprocessing.dataset_tools encode --source IMAGES --dest {folder}"
+    remedy = f"make it with: python -m preprocessing.dataset_tools {layout.command} --source IMAGES --dest {folder}"
     if not folder.is_dir():
         raise UserError(f"no dataset folder {folder}; {remedy}")
     if not any(folder.iterdir()):
@@ -96,14 +112,16 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); write the dataset again: {remedy}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f'{file} is not the manifest of packed latents ("format": "{FORMAT}"); {remedy}')
-    if manifest.get("version") != FORMAT_VERSION:
+    if not isinstance(manifest, dict) or manifest.get("format") != layout.format:
+        what = layout.format.removeprefix("deepflow-").replace("-", " ")
+        raise UserError(f'{file} is not the manifest of {what} ("format": "{layout.format}"); {remedy}')
+    if manifest.get("version") != layout.version:
         raise UserError(
-            f"{file} has format version {manifest.get('version')}, this program reads {FORMAT_VERSION}: "
+            f"{file} has format version {manifest.get('version')}, this program reads {layout.version}: "
             "write the dataset again, to another place or after deleting this one"
         )
-    for key, fits in (FIELDS | ({"image_shards": _are_shards} if manifest.get("images") is True else {})).items():
+    fields = layout.fields | ({"image_shards": _are_shards} if manifest.get("images") is True else {})
+    for key, fits in fields.items():
         if key not in manifest or not fits(manifest[key]):
             raise UserError(f"{file} is damaged, its {key} is {str(manifest.get(key))[:80]}: copy it again; {remedy}")
         if key.endswith("shards") and sum(shard["count"] for shard in manifest[key]) != manifest["count"]:
@@ -113,44 +131,18 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-class PackedLatents:
-    """The packed dataset in folder `path`; its shards are memory-mapped, never read as a whole.
+class PackedFolder:
+    """What packed folders have in common: a manifest, names of the N samples, and shards that are memory-mapped.
 
-    Attributes: `manifest` (dict), `labels` ((N,) int64), `latent_shape` ((2C, h, w), of the stored moments),
-    `num_classes`, `class_names`, `scaling_factor` (of the VAE, from its own config), `has_flips` (moments of the
-    mirror images too), `has_images` (pixels too). Sent to another process it travels as its path and is opened again
-    there.
-
-    Raises `UserError` for everything `read_manifest` refuses, and if a file is missing or is not what the
-    manifest says. The labels are compared with their checksum here, the rest only by `dataset_tools verify`.
+    Sent to another process it travels as its path and is opened again there.
     """
+
+    layout = LATENTS
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest = read_manifest(path)
-        self.latent_shape = tuple(self.manifest["latent_shape"])
-        self.num_classes: int = self.manifest["num_classes"]
-        self.class_names: list[str] = self.manifest["class_names"]
-        self.scaling_factor = float(self.manifest["scaling_factor"])
-        self.has_flips, self.has_images = self.manifest["flip"], self.manifest["images"]
-        side, dtype = self.manifest["resolution"], np.dtype(self.manifest["dtype"])
-        moments_shape = (2, *self.latent_shape) if self.has_flips else self.latent_shape
-        moments = self._open_shards("shards", moments_shape, dtype)
-        images = self._open_shards("image_shards", (side, side, 3), np.uint8) if self.has_images else None
-        self._moments = _MappedRows(moments, self.latent_shape)  # with flips, two rows a sample
-        self._images = _MappedRows(images, (side, side, 3)) if self.has_images else None
-        self.labels = np.array(self._open("labels.npy", (self.manifest["count"],), np.int64))
-        written = self.manifest["labels"]["sha256"]  # of all files the one whose damage would go unnoticed for ever
-        if hashlib.sha256((self.path / "labels.npy").read_bytes()).hexdigest() != written:
-            raise UserError(
-                f"{self.path / 'labels.npy'} holds other labels than were written, by its checksum in {MANIFEST}: "
-                "copy it again or write the dataset again"
-            )
-        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
-            raise UserError(
-                f"{self.path / 'labels.npy'} has labels from {self.labels.min()} to {self.labels.max()}, "
-                f"but {MANIFEST} says num_classes {self.num_classes}; write the dataset again"
-            )
+        self.manifest = read_manifest(path, self.layout)
+        self.has_flips: bool = self.manifest["flip"]
 
     def _open_shards(self, key: str, row_shape: tuple[int, ...], dtype: np.dtype) -> list[np.memmap]:
         return [self._open(shard["file"], (shard["count"], *row_shape), dtype) for shard in self.manifest[key]]
@@ -167,15 +159,10 @@ class PackedLatents:
         return array
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.manifest["count"]
 
     def __reduce__(self) -> tuple:
-        return PackedLatents, (self.path,)
-
-    @cached_property
-    def class_counts(self) -> np.ndarray:
-        """How many samples each class has, (num_classes,) int64."""
-        return np.bincount(self.labels, minlength=self.num_classes)
+        return type(self), (self.path,)
 
     @cached_property
     def names(self) -> list[str]:
@@ -189,20 +176,65 @@ class PackedLatents:
             raise UserError(f"{file} has {len(names)} names for {len(self)} samples; write the dataset again")
         return names
 
+    def _views(self, indices: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
+        """Rows (B,) of samples `indices` (B,), of their mirror images where `mirrored`, in shards of single views."""
+        if self.has_flips:
+            return 2 * indices + (0 if mirrored is None else mirrored)
+        if mirrored is not None and mirrored.any():
+            raise ValueError(f"{self.path} has no {self.layout.rows} of mirror images")
+        return indices
+
+
+class PackedLatents(PackedFolder):
+    """The packed dataset in folder `path`; its shards are memory-mapped, never read as a whole.
+
+    Attributes: `manifest` (dict), `labels` ((N,) int64), `latent_shape` ((2C, h, w), of the stored moments),
+    `num_classes`, `class_names`, `scaling_factor` (of the VAE, from its own config), `has_flips` (moments of the
+    mirror images too), `has_images` (pixels too).
+
+    Raises `UserError` for everything `read_manifest` refuses, and if a file is missing or is not what the
+    manifest says. The labels are compared with their checksum here, the rest only by `dataset_tools verify`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.latent_shape = tuple(self.manifest["latent_shape"])
+        self.num_classes: int = self.manifest["num_classes"]
+        self.class_names: list[str] = self.manifest["class_names"]
+        self.scaling_factor = float(self.manifest["scaling_factor"])
+        self.has_images: bool = self.manifest["images"]
+        side, dtype = self.manifest["resolution"], np.dtype(self.manifest["dtype"])
+        moments_shape = (2, *self.latent_shape) if self.has_flips else self.latent_shape
+        moments = self._open_shards("shards", moments_shape, dtype)
+        images = self._open_shards("image_shards", (side, side, 3), np.uint8) if self.has_images else None
+        self._moments = MappedRows(moments, self.latent_shape)  # with flips, two rows a sample
+        self._images = MappedRows(images, (side, side, 3)) if self.has_images else None
+        self.labels = np.array(self._open("labels.npy", (self.manifest["count"],), np.int64))
+        written = self.manifest["labels"]["sha256"]  # of all files the one whose damage would go unnoticed for ever
+        if hashlib.sha256((self.path / "labels.npy").read_bytes()).hexdigest() != written:
+            raise UserError(
+                f"{self.path / 'labels.npy'} holds other labels than were written, by its checksum in {MANIFEST}: "
+                "copy it again or write the dataset again"
+            )
+        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
+            raise UserError(
+                f"{self.path / 'labels.npy'} has labels from {self.labels.min()} to {self.labels.max()}, "
+                f"but {MANIFEST} says num_classes {self.num_classes}; write the dataset again"
+            )
+
+    @cached_property
+    def class_counts(self) -> np.ndarray:
+        """How many samples each class has, (num_classes,) int64."""
+        return np.bincount(self.labels, minlength=self.num_classes)
+
     def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Moments (B, 2C, h, w) in their stored dtype, and labels (B,), of samples `indices` (B,).
 
         Where `mirrored` ((B,) bool) is true, of the mirror image. One indexed read per shard. Raises `IndexError` for
         an index outside [0, N), `ValueError` for mirror images that the dataset does not have.
         """
-        indices = _checked(indices, len(self))
-        if not self.has_flips:
-            if mirrored is not None and mirrored.any():
-                raise ValueError(f"{self.path} has no moments of mirror images")
-            rows = indices
-        else:
-            rows = 2 * indices + (0 if mirrored is None else mirrored)
-        return self._moments.gather(rows), self.labels[indices]
+        indices = checked_indices(indices, len(self))
+        return self._moments.gather(self._views(indices, mirrored)), self.labels[indices]
 
     def gather_images(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
         """Pixels (B, H, W, 3) uint8 of samples `indices` (B,), mirrored where `mirrored` ((B,) bool) is true.
@@ -211,20 +243,20 @@ class PackedLatents:
         """
         if not self.has_images:
             raise UserError(f"{self.path} holds no images: write it again with --images")
-        images = self._images.gather(_checked(indices, len(self)))
+        images = self._images.gather(checked_indices(indices, len(self)))
         if mirrored is not None:
             images[mirrored] = images[mirrored, :, ::-1]
         return images
 
 
-def _checked(indices: np.ndarray, count: int) -> np.ndarray:
+def checked_indices(indices: np.ndarray, count: int) -> np.ndarray:
     indices = np.asarray(indices, dtype=np.int64)
     if indices.size and not (indices.min() >= 0 and indices.max() < count):
         raise IndexError(f"sample {indices.min()}..{indices.max()} asked of a dataset of {count}")
     return indices
 
 
-class _MappedRows:
+class MappedRows:
     """Rows of one shape and type in memory-mapped files, one file after the other."""
 
     def __init__(self, files: list[np.memmap], row_shape: tuple[int, ...]) -> None:
@@ -300,7 +332,7 @@ class DeviceLatents:
 
     def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """As `PackedLatents.gather`, as tensors on the device."""
-        indices = _checked(indices, len(self))
+        indices = checked_indices(indices, len(self))
         rows = indices if mirrored is None else indices + len(self) * mirrored
         rows, indices = (torch.from_numpy(array).to(self._labels.device) for array in (rows, indices))
         return self._moments[rows], self._labels[indices]
@@ -315,16 +347,18 @@ LatentData = PackedLatents | FileLatents
 
 def open_latents(path: str | Path) -> LatentData:
     """The latents at `path`: a packed dataset, a folder or zip of one `.npy` an image, or a folder with one of
-    these as `vae-sd` or `vae-sd.zip` in it (what the official `--data-dir` names).
+    these as `vae-sd` or `vae-sd.zip` in it (what the official `--data-dir` names), and then, where there are any, the
+    `images` or `images.zip` beside.
 
     Raises `UserError` as the reader of that layout does.
     """
-    path = Path(path)
+    path, images = Path(path), []
     if path.is_dir() and not (path / MANIFEST).exists():
         inner = [path / name for name in ("vae-sd", "vae-sd.zip") if (path / name).exists()]
+        images = [path / name for name in ("images", "images.zip") if inner and (path / name).exists()]
         path = inner[0] if inner else path
     if path.is_file() or _lists_files(path / MANIFEST):
-        return FileLatents(path)
+        return FileLatents(path, *images[:1])
     return PackedLatents(path)
 
 
@@ -390,6 +424,7 @@ class LatentBatch(NamedTuple):
     indices: torch.Tensor  # (B,) int64, which samples of the dataset these are
     mirrored: torch.Tensor  # (B,) bool, whether moments and images are those of the mirror image
     images: torch.Tensor | None = None  # (B, H, W, 3) uint8, where asked for
+    features: list[torch.Tensor] | None = None  # (B, T, z) of each SSL encoder whose features were given
 
 
 def _parts_of_process(
@@ -410,6 +445,7 @@ def latent_batches(
     num_workers: int = 0,
     micro_batches: int = 1,
     with_images: bool = False,
+    features: "Sequence[PackedFeatures]" = (),
 ) -> Iterator[LatentBatch]:
     """Endless batches of process `rank` of `world`, beginning with those of optimizer step `start_step`.
 
@@ -419,10 +455,11 @@ def latent_batches(
     (0: nothing is read ahead); threads suffice, as NumPy gathers without holding the interpreter, and unlike
     processes they need not copy each batch to another. Batches lie in pinned memory where there is a GPU. If the
     dataset has mirror images, each visit of a sample takes one or the other, as the order's coin says. `with_images`
-    adds pixels.
+    adds pixels, `features` those of the same samples; that they are of the same images is for
+    `PackedFeatures.check_belongs` to say.
 
-    Raises `UserError` if the global batch does not divide evenly, `order` is for another number of samples, or
-    the dataset has no images though they are asked for.
+    Raises `UserError` if the global batch does not divide evenly, `order` or `features` are for another number of
+    samples, or the dataset has no images though they are asked for.
     """
     if order.size != len(data):
         raise UserError(f"the data order is for {order.size} samples, but the dataset has {len(data)}")
@@ -433,17 +470,26 @@ def latent_batches(
         )
     if with_images and not data.has_images:
         raise UserError(f"{data.path} holds no images: encode or pack it with the images, or train without them")
+    for packed in features:
+        if len(packed) != len(data):
+            raise UserError(f"{packed.path} holds features of {len(packed)} samples, {data.path} has {len(data)}")
     parts = _parts_of_process(order, start_step, rank, world, micro_batches)
     pin = torch.cuda.is_available()
 
     def read(part: tuple[np.ndarray, np.ndarray]) -> LatentBatch:
         indices, coins = part
         mirrored = coins & data.has_flips
-        arrays = [*data.gather(indices, mirrored), indices, mirrored]
+
+        def tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+            value = torch.as_tensor(array)
+            return value.pin_memory() if pin and not value.is_cuda else value
+
+        batch = LatentBatch(*map(tensor, [*data.gather(indices, mirrored), indices, mirrored]))
         if with_images:
-            arrays.append(data.gather_images(indices, mirrored))
-        tensors = map(torch.as_tensor, arrays)
-        return LatentBatch(*(tensor.pin_memory() if pin and not tensor.is_cuda else tensor for tensor in tensors))
+            batch = batch._replace(images=tensor(data.gather_images(indices, mirrored)))
+        if features:
+            batch = batch._replace(features=[tensor(packed.gather(indices, mirrored)) for packed in features])
+        return batch
 
     return _read_ahead(read, parts, num_workers) if num_workers else map(read, parts)
 

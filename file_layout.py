@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from functools import cached_property
 from pathlib import Path
+from posixpath import splitext
 
 import numpy as np
 
@@ -20,6 +21,8 @@ LABELS = "dataset.json"
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 SD_SCALING_FACTOR = 0.18215
 SD_REDUCTION = 8  # pixels a latent
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # decoded within Pillow: no outside program is run
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_CLASSES = 2**20  # far above any dataset's; a damaged label would have names made for all below it
 
 DAMAGE = (  # all that reading a zip raises for bytes that are not what they were, or that it cannot take
@@ -76,6 +79,12 @@ class FileStore:
             below = Path(place).relative_to(self.path).as_posix()
             names += files if below == "." else [f"{below}/{file}" for file in files]
         return names
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        if self.path.is_dir():
+            return (self.path / name).is_file()
+        return name in self._opened().NameToInfo
 
     def read(self, name: str) -> bytes:
         """The content of one file; `UserError` names it if it is missing, unreadable or outside the store, and as
@@ -139,21 +148,47 @@ def load_npy(source: Path | io.BytesIO, remedy: str, place: Path | None = None) 
         raise UserError(f"{place or source} is damaged ({reason}): {remedy}") from error
 
 
+def pairing_name(name: str) -> str:
+    """What a latent file and its image have in common: the path without suffix, and without the `-mean-std-` that
+    REPA's tool puts in the name of latents ("00000/img-mean-std-00000042.npy" is of "00000/img00000042.png")."""
+    return splitext(name)[0].replace("img-mean-std-", "img")
+
+
+def read_image(store: FileStore, name: str) -> np.ndarray:
+    """The image `name` of a store as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor greyscale."""
+    from PIL import Image, UnidentifiedImageError
+
+    content, place = store.read(name), store.path / name
+    try:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            if image.mode not in ("RGB", "L"):
+                raise UserError(f"{place} is in mode {image.mode}, expected RGB: run dataset_tools convert first")
+            return np.array(image.convert("RGB"))
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{place} cannot be read as an image ({reason}): replace or remove it") from error
+
+
 class FileLatents:
     """Latents in the layout of the official release and of REPA's tool: one `.npy` an image, in a folder or zip.
 
     Each file holds moments (2C, h, w); `dataset.json` lists every file with its label, and only what it lists counts.
     Files are not looked for: a missing one is reported when it is read, or by `dataset_tools verify`. Attributes and
-    methods are those of `dataset.PackedLatents`, without flips and images; samples are sorted by name.
+    methods are those of `dataset.PackedLatents`, without flips; samples are sorted by name. `images` is the folder or
+    zip of the images, if there is one: each of the name of its latents, see `pairing_name`, and all of one format.
 
     Raises `UserError` if `dataset.json` is missing or not of this form, or the first file is no moments.
     """
 
-    has_flips = has_images = False
+    has_flips = False
     scaling_factor = SD_SCALING_FACTOR
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, images: str | Path | None = None) -> None:
         self.store = FileStore(path)
+        self.images = None if images is None else FileStore(images)
+        self.has_images = images is not None
         self.path = self.store.path
         label_of, self.class_names = read_labels(self.store)
         self.names = sorted(label_of)
@@ -188,7 +223,7 @@ class FileLatents:
         return len(self.names)
 
     def __reduce__(self) -> tuple:
-        return FileLatents, (self.path,)
+        return FileLatents, (self.path, self.images and self.images.path)
 
     @cached_property
     def class_counts(self) -> np.ndarray:
@@ -214,3 +249,31 @@ class FileLatents:
         if mirrored is not None and mirrored.any():
             raise ValueError(f"{self.path} has no moments of mirror images")
         return np.stack([self.read(index) for index in indices]), self.labels[indices]
+
+    @cached_property
+    def _image_suffix(self) -> str:
+        """Of all images: that of the first."""
+        stem = pairing_name(self.names[0])
+        for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
+            if self.images.has(stem + suffix):
+                return suffix
+        raise UserError(
+            f"{self.images.path} has no image {stem}, which {self.path / self.names[0]} is of: bring images and "
+            "latents to the same names"
+        )
+
+    def gather_images(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
+        """Pixels (B, H, W, 3) uint8 of samples `indices` (B,); `UserError` if one is missing, or of another size."""
+        if self.images is None:
+            raise UserError(f"{self.path} has no images beside it: expected a folder images, or images.zip")
+        side, images = self.manifest["resolution"], []
+        for index in indices:
+            name = pairing_name(self.names[index]) + self._image_suffix
+            images.append(read_image(self.images, name))
+            if images[-1].shape != (side, side, 3):
+                height, width = images[-1].shape[:2]
+                raise UserError(
+                    f"{self.images.path / name} is {width} x {height} pixels, but its latents are of {side} x {side}: "
+                    "give the images that were encoded"
+                )
+        return np.stack(images)

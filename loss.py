@@ -1,7 +1,7 @@
 """The multi-branch velocity-plus-acceleration objective (paper, Eq. 4, 5, 7, 10) and the SSL alignment term.
 
 Every term is kept per sample, shape (N,), in float32 or wider. The network is any callable `model(x, t, y)` that
-returns `velocities`, `accelerations` and `projections`, one entry a branch.
+returns `velocities`, one a branch, `accelerations`, one a VeRA block, and `projections` for SSL alignment.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +25,9 @@ class Draws(NamedTuple):
     def rows(self, rows: slice) -> "Draws":
         """The draws of some of the samples."""
         return Draws(self.times[:, rows], self.noise[rows], self.dropped[rows])
+
+
+Features = Tensor | Sequence[Tensor]  # tokens (N, T, z) of one SSL encoder, or of each of several
 
 
 class LossTerms(NamedTuple):
@@ -93,7 +96,7 @@ class DeepFlowLoss:
         x0: Tensor,
         y: Tensor,
         generator: torch.Generator,
-        features: Tensor | None = None,
+        features: Features | None = None,
     ) -> LossTerms:
         """Terms at times, noise and label drops drawn from `generator`: x0 (N, C, H, W), y (N,) class ids."""
         network = getattr(model, "module", model)  # data-parallel wrappers hide the network's attributes
@@ -118,7 +121,7 @@ class DeepFlowLoss:
         y: Tensor,
         null_label: int,
         draws: Draws,
-        features: Tensor | None = None,
+        features: Features | None = None,
     ) -> LossTerms:
         """Terms at given draws, moved to the device of `x0`; dropped labels become `null_label`."""
         times, noise, dropped = (value.to(x0.device) for value in draws)
@@ -131,12 +134,12 @@ class DeepFlowLoss:
         y: Tensor,
         times: Tensor,
         noise: Tensor,
-        features: Tensor | None = None,
+        features: Features | None = None,
     ) -> LossTerms:
         """Terms at the given times (k, N), noise (N, C, H, W) and, for alignment, encoder tokens (N, T, z).
 
         Raises:
-            UserError: if the number of weights or of the model's branches is not k.
+            UserError: if the number of weights or of the model's branches is not k, or the features do not fit.
         """
         output = model(interpolate(self.path_type, x0, noise, times[0]), times, y)
         if len(output.velocities) != len(times):
@@ -151,7 +154,7 @@ class DeepFlowLoss:
             acceleration = acceleration + self._acceleration_error(x0, noise, t, v, a)
         alignment = torch.zeros_like(velocity)
         if features is not None:
-            alignment = torch.stack([negative_cosine(p, features) for p in output.projections]).mean(0)
+            alignment = alignment_error(output.projections, [features] if isinstance(features, Tensor) else features)
         return LossTerms(velocity, acceleration, alignment, branch_velocity)
 
     def total(self, terms: LossTerms) -> Tensor:
@@ -172,6 +175,31 @@ class DeepFlowLoss:
         return per_sample_mse(reached, x0)
 
 
+def alignment_error(projections: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
+    """SSL alignment (REPA), per sample: `negative_cosine` averaged over the places of alignment and the encoders.
+
+    Args:
+        projections: (N, T, z) each; of every place of alignment one an encoder, in the order of the encoders.
+        features: (N, T, z) each, one an encoder.
+
+    Raises:
+        UserError: if projections and features do not belong to the same number of encoders, tokens or widths.
+    """
+    places, rest = divmod(len(projections), len(features) or 1)
+    pairs = list(zip(projections, list(features) * places, strict=False))
+    if not pairs or rest or any(p.shape != f.shape for p, f in pairs):
+        given, expected = ([tuple(t.shape) for t in tensors] for tensors in (features, projections))
+        raise UserError(
+            f"features {given} do not fit the model's projections {expected}: choose the encoders, and their number "
+            "of tokens, that the model was made for (--enc-type)"
+        )
+    return torch.stack([negative_cosine(p, f) for p, f in pairs]).mean(0)
+
+
 def negative_cosine(projection: Tensor, features: Tensor) -> Tensor:
-    """Minus the mean cosine between each token's projection and its feature: two (N, T, z) -> (N,), in float32."""
-    return -F.cosine_similarity(projection.float(), features.float(), dim=-1).mean(1)
+    """Minus the mean cosine between each token's projection and its feature: two (N, T, z) -> (N,).
+
+    Normalised in float32 or wider, whatever the network runs in: in half precision the norms overflow.
+    """
+    dtype = torch.promote_types(projection.dtype, torch.float32)
+    return -F.cosine_similarity(projection.to(dtype), features.to(dtype), dim=-1).mean(1)

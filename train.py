@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -35,12 +35,22 @@ from dataset import DataOrder, DeviceLatents, LatentBatch, latent_batches
 from errors import UserError, exits_on_user_error
 from loss import DeepFlowLoss
 from models import checkpoints
+from models.ssl_encoders import load_encoder
 from models.vae import sample_latents
 from processes import join_processes, reported_by_any_process
 from training import checkpointing, guard, logging, parallel
 from training.ema import averages
 from training.options import parse_options
-from training.plan import build_network, describe, describe_model, make_plan, measure, peak_flops
+from training.plan import (
+    Plan,
+    build_network,
+    describe,
+    describe_model,
+    make_plan,
+    measure,
+    peak_flops,
+    tokens_a_side,
+)
 
 STOPPED_BY_SIGNAL = 143  # the exit code of a process that SIGTERM ends
 
@@ -87,6 +97,7 @@ def train(options: argparse.Namespace) -> bool:
         if plan.missing:
             raise UserError(plan.missing)
         return True
+    encoders = load_encoders(options, plan, processes)
     if options.preview_every:
         from training.previews import Previews  # brings a VAE and a feature network: slow to import, seldom wanted
 
@@ -103,7 +114,7 @@ def train(options: argparse.Namespace) -> bool:
     torch.backends.cudnn.allow_tf32 = options.allow_tf32
     accelerator = logging.make_accelerator(options, run)
     torch.manual_seed(options.seed)  # the initial weights are the only use of the global generator
-    network = build_network(options, data).to(device)
+    network = build_network(options, data, plan.features).to(device)
     network.checkpoint_activations = options.activation_checkpointing
     if saved:
         network.load_state_dict(saved.model)
@@ -126,6 +137,7 @@ def train(options: argparse.Namespace) -> bool:
         tg_upper_bound=options.tg_upper_bound,
         scale_weight=options.scale_weight,
         acc_coeff=options.acc_coeff,
+        proj_coeff=options.proj_coeff,
         cfg_prob=options.cfg_prob,
     )
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -139,6 +151,7 @@ def train(options: argparse.Namespace) -> bool:
     )
     scale = make_loss_scale(options.mixed_precision)
     columns = ["grad_norm", "loss", *(f"velocity_{i + 1}" for i in range(network.num_branches)), "acceleration"]
+    columns += ["alignment"] if options.ssl_align else []
     log = logging.MetricLog(columns, step, options.batch_size)
     if saved:
         parallel.load_optimizer(network, optimizer, saved.trainer["optimizer"])
@@ -149,7 +162,17 @@ def train(options: argparse.Namespace) -> bool:
     # ---- 3. The parts of a step ------------------------------------------------------------------------------------
     order = DataOrder(len(data), options.batch_size, options.seed)
     source = DeviceLatents(data, device) if options.data_on_device else data
-    batches = latent_batches(source, order, step, rank, world, options.num_workers, accumulation)
+    batches = latent_batches(
+        source,
+        order,
+        step,
+        rank,
+        world,
+        options.num_workers,
+        accumulation,
+        with_images=bool(encoders),
+        features=plan.features,
+    )
     begun: dict[int, list[LatentBatch]] = {}  # the micro-batches of steps that are not done: one may be tried again
     generator = torch.Generator(device)
     per_process = plan.micro_batch * accumulation
@@ -176,14 +199,21 @@ def train(options: argparse.Namespace) -> bool:
             moments = batch.moments.to(device, non_blocking=True)
             labels = batch.labels.to(device, non_blocking=True)
             x0 = sample_latents(moments, data.scaling_factor, latent_noise[rows])
+            features = None
+            if options.ssl_align:
+                packed = [tokens.to(device, non_blocking=True) for tokens in batch.features or []]
+                features = packed or [encoder(batch.images) for encoder in encoders]
             with parallel.averaging(model, wanted=i == accumulation - 1):
-                terms = loss_fn.drawn_terms(forward, x0, labels, network.num_classes, draws.rows(rows))
+                terms = loss_fn.drawn_terms(forward, x0, labels, network.num_classes, draws.rows(rows), features)
                 total = loss_fn.total(terms)
                 (total.sum() * (loss_scale / per_process)).backward()
+            named = {"velocity": terms.velocity, "acceleration": terms.acceleration}
             parts = [total.sum(), *terms.branch_velocity.sum(1), terms.acceleration.sum()]
+            if options.ssl_align:
+                named["alignment"] = terms.alignment
+                parts.append(terms.alignment.sum())
             sums = sums + torch.stack(parts).detach()
-            per_sample = {"velocity": terms.velocity.detach(), "acceleration": terms.acceleration.detach()}
-            named_terms.append((batch.indices, per_sample))
+            named_terms.append((batch.indices, {name: term.detach() for name, term in named.items()}))
         return Gradients(sums, named_terms, loss_scale)
 
     def launch_update(step: int, gradients: Gradients) -> Update:
@@ -290,6 +320,23 @@ def train(options: argparse.Namespace) -> bool:
         print(f"stopped by a signal and saved at step {step}: the same command goes on from there")
     accelerator.end_training()
     return finished
+
+
+def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialState) -> list[nn.Module]:
+    """The SSL encoders that look at the images, none where their features are at hand.
+
+    Raises:
+        UserError: if their weights cannot be had.
+    """
+    if not options.ssl_align or plan.features:
+        return []
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
+    files = options.enc_weights or [None] * len(options.enc_type)
+    with processes.local_main_process_first():  # it downloads what is not in the cache
+        return [
+            load_encoder(name, tokens_a_side(plan.config), file, processes.device, dtype)
+            for name, file in zip(options.enc_type, files, strict=True)
+        ]
 
 
 def make_loss_scale(precision: str) -> guard.LossScale:

@@ -25,6 +25,7 @@ from .presets import SIZES, equal_branches
 
 HEADER = "deepflow"  # the entry of a safetensors header that holds configuration and metadata
 EMA_NAME = "ema.safetensors"  # what a folder is searched for
+REPA_DEPTH = 8  # blocks after which REPA aligns
 HEADS_OF_WIDTH = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 
 
@@ -138,7 +139,8 @@ def infer_config(
     """The architecture of official-format weights.
 
     Sizes are read off the shapes. What shapes cannot tell comes from `overrides`, else from the official release's
-    `flags`: number of heads (else by width, as in the paper's family), df_idxs (else equal branches), legacy_scaling.
+    `flags`: number of heads (else by width, as in the paper's family), df_idxs (else equal branches), legacy_scaling,
+    and the repa_depth of an aligned SiT (else REPA's own).
     """
     try:
         hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
@@ -150,7 +152,12 @@ def infer_config(
         raise UserError(f"{name} is not a DeepFlow checkpoint: its patch embedding is no convolution") from error
     depth = 1 + max((int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, weights) if m), default=-1)
     gaps = 1 + max((int(m[1]) for m in map(re.compile(r"df_blocks\.(\d+)\.").match, weights) if m), default=-1)
-    acc_mlp, projector = weights.get("df_blocks.0.acc_mlp.0.weight"), weights.get("projectors.0.4.weight")
+    projectors = 1 + max((int(m[1]) for m in map(re.compile(r"projectors\.(\d+)\.").match, weights) if m), default=-1)
+    try:
+        ssl_dims = [weights[f"projectors.{i}.4.weight"].shape[0] for i in range(projectors // max(gaps, 1))]
+    except KeyError as error:
+        raise UserError(f"{name} has {projectors} projectors, but no tensor {error}") from error
+    hidden = weights.get("df_blocks.0.acc_mlp.0.weight", weights.get("projectors.0.0.weight"))
     told = {**flags, **{key: value for key, value in overrides.items() if value is not None}}
 
     df_idxs = told.get("df_idxs")
@@ -165,19 +172,21 @@ def infer_config(
     num_heads = told.get("num_heads", HEADS_OF_WIDTH.get(hidden_size))
     if num_heads is None:
         raise UserError(f"{name} has width {hidden_size}, which is none of the paper's: give num_heads as well")
+    aligned_at_a_block = dict(repa_depth=told.get("repa_depth", REPA_DEPTH)) if ssl_dims and not gaps else {}
     return dict(
         hidden_size=hidden_size,
         depth=depth,
         num_heads=num_heads,
         num_classes=num_classes,
-        projector_dim=2048 if acc_mlp is None else acc_mlp.shape[0],
+        projector_dim=2048 if hidden is None else hidden.shape[0],
         df_idxs=list(df_idxs),
         legacy_scaling=bool(told.get("legacy_scaling", False)),
         qk_norm="blocks.0.attn.q_norm.weight" in weights,
         input_size=round(tokens**0.5) * patch_size,
         patch_size=patch_size,
         in_channels=in_channels,
-        ssl_dim=0 if projector is None else projector.shape[0],
+        ssl_dim=ssl_dims if len(ssl_dims) > 1 else sum(ssl_dims),
+        **aligned_at_a_block,
     )
 
 

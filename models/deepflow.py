@@ -26,11 +26,11 @@ from .vera import VeRABlock
 
 
 class DeepFlowOutput(NamedTuple):
-    """What a training forward returns. Images are (N, C, H, W), projections (N, T, ssl_dim)."""
+    """What a training forward returns. Images are (N, C, H, W), projections (N, T, z) with z of `ssl_dim`."""
 
     velocities: tuple[Tensor, ...]  # k, the last one is the model's answer
     accelerations: tuple[Tensor, ...]  # k - 1
-    projections: tuple[Tensor, ...]  # k - 1, or empty without SSL alignment
+    projections: tuple[Tensor, ...]  # of each place of alignment, those for all encoders in the order of `ssl_dim`
 
 
 def check_branch_ends(df_idxs: Sequence[int], depth: int) -> list[int]:
@@ -49,6 +49,33 @@ def check_branch_ends(df_idxs: Sequence[int], depth: int) -> list[int]:
     return ends
 
 
+def check_alignment(ssl_dim: int | Sequence[int], repa_depth: int, branches: int, depth: int) -> list[int]:
+    """The feature widths of all SSL encoders, [] for none, if there is a place to align at.
+
+    Raises:
+        UserError: for widths below 1, one branch and no `repa_depth` to align after, a `repa_depth` that is not in
+            1..depth, or one where the VeRA blocks say where to align.
+    """
+    widths = [ssl_dim] if isinstance(ssl_dim, int) else list(ssl_dim)
+    widths = [] if widths == [0] else widths
+    if any(isinstance(width, bool) or not isinstance(width, int) or width < 1 for width in widths):
+        raise UserError(f"ssl_dim {ssl_dim} must be the feature width of an SSL encoder, or one for each")
+    if repa_depth and branches > 1:
+        raise UserError(
+            f"repa_depth {repa_depth} is for a model of one branch, this one has {branches} and aligns after every "
+            "VeRA block: drop it (--repa-depth)"
+        )
+    if repa_depth and not widths:
+        raise UserError(f"repa_depth {repa_depth} given without an SSL encoder to align with (--ssl-align)")
+    if not 0 <= repa_depth <= depth:
+        raise UserError(f"repa_depth {repa_depth} must lie in 1..{depth}, the number of blocks (--repa-depth)")
+    if widths and branches == 1 and not repa_depth:
+        raise UserError(
+            f"SSL alignment of a model of one branch needs the block to align after, in 1..{depth} (--repa-depth)"
+        )
+    return widths
+
+
 class DeepFlow(nn.Module):
     """The velocity network v(x_t, t, y) with deep supervision.
 
@@ -64,11 +91,14 @@ class DeepFlow(nn.Module):
         input_size: side of the latent, in latent pixels (image side / 8 for the SD-VAE).
         patch_size: side p of a patch, in latent pixels.
         in_channels: latent channels C.
-        ssl_dim: feature width z of the SSL encoder to align with; 0 for no projectors.
+        ssl_dim: feature width z of the SSL encoder to align with, or a list of one width an encoder; 0 for none.
+        repa_depth: with one branch, the number of blocks after which the tokens are aligned, as in REPA; 0 for none.
+            With more branches they are aligned after every VeRA block.
         decoder_hidden_size: read from official configurations, where it always equals `hidden_size`.
 
     Raises:
-        UserError: for sizes that do not divide, `df_idxs` that do not cut the depth, a different decoder width.
+        UserError: for sizes that do not divide, `df_idxs` that do not cut the depth, a different decoder width, or
+            alignment that `check_alignment` refuses.
     """
 
     def __init__(
@@ -84,7 +114,8 @@ class DeepFlow(nn.Module):
         input_size: int = 32,
         patch_size: int = 2,
         in_channels: int = 4,
-        ssl_dim: int = 0,
+        ssl_dim: int | Sequence[int] = 0,
+        repa_depth: int = 0,
         decoder_hidden_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -95,6 +126,7 @@ class DeepFlow(nn.Module):
         if decoder_hidden_size not in (None, hidden_size):
             raise UserError(f"decoder_hidden_size {decoder_hidden_size} must equal hidden_size {hidden_size}")
         df_idxs = check_branch_ends(df_idxs, depth)
+        ssl_dims = check_alignment(ssl_dim, repa_depth, len(df_idxs) + 1, depth)
         self.config: dict[str, Any] = dict(
             hidden_size=hidden_size,
             depth=depth,
@@ -107,8 +139,11 @@ class DeepFlow(nn.Module):
             input_size=input_size,
             patch_size=patch_size,
             in_channels=in_channels,
-            ssl_dim=ssl_dim,
+            ssl_dim=ssl_dims if len(ssl_dims) > 1 else sum(ssl_dims),  # a number unless there are several
         )
+        if repa_depth:  # else left out: checkpoints without it stay what they were
+            self.config["repa_depth"] = repa_depth
+        self.repa_depth = repa_depth
         self.num_classes = num_classes
         self.checkpoint_activations = False  # compute blocks again in the backward, rather than keep what they made
         self.branches = list(pairwise([0, *df_idxs, depth]))  # (first block, end) of each branch
@@ -130,8 +165,11 @@ class DeepFlow(nn.Module):
                 VeRABlock(hidden_size, num_heads, projector_dim, legacy_scaling) for _ in range(gaps)
             )
             self.final_acc_layer = OutputHead(hidden_size, patch_size, in_channels)
-            if ssl_dim:
-                self.projectors = nn.ModuleList(ssl_projector(hidden_size, projector_dim, ssl_dim) for _ in range(gaps))
+        # Projector i * E + e is for encoder e of E: after VeRA block i, or, with one branch, after block `repa_depth`.
+        self.ssl_dims = ssl_dims
+        if ssl_dims:
+            widths = ssl_dims * max(gaps, 1)
+            self.projectors = nn.ModuleList(ssl_projector(hidden_size, projector_dim, width) for width in widths)
         self.initialize()
 
     def initialize(self) -> None:
@@ -184,8 +222,10 @@ class DeepFlow(nn.Module):
         tokens = x_tokens
         output = DeepFlowOutput([], [], [])
         for i, (first, end) in enumerate(self.branches):
-            for block in self.blocks[first:end]:
+            for depth, block in enumerate(self.blocks[first:end], start=first + 1):
                 tokens = self._through(block, tokens, conditions[i])
+                if depth == self.repa_depth and not last_only:
+                    output.projections.extend(self._project(tokens, place=0))
             if i == self.num_branches - 1:
                 output.velocities.append(self._image(self.final_layer[-1], tokens, conditions[i]))
                 break
@@ -194,8 +234,7 @@ class DeepFlow(nn.Module):
             tokens, acceleration = self._through(self.df_blocks[i], tokens, x_tokens, gap_embeddings[i])
             if not last_only:
                 output.accelerations.append(self._image(self.final_acc_layer, acceleration, conditions[i]))
-                if self.config["ssl_dim"]:
-                    output.projections.append(self.projectors[i](tokens))
+                output.projections.extend(self._project(tokens, place=i))
         return DeepFlowOutput(*map(tuple, output))
 
     def _through(self, block: nn.Module, *inputs: Tensor) -> Any:
@@ -203,12 +242,17 @@ class DeepFlow(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random in it
         return block(*inputs)
 
+    def _project(self, tokens: Tensor, place: int) -> list[Tensor]:
+        """Projections of the tokens (N, T, D) at one place of alignment, one an encoder, each (N, T, z)."""
+        first = place * len(self.ssl_dims)
+        return [self.projectors[first + e](tokens) for e in range(len(self.ssl_dims))]
+
     def _image(self, head: OutputHead, tokens: Tensor, condition: Tensor) -> Tensor:
         return unpatchify(head(tokens, condition), self.config["patch_size"])
 
 
 def ssl_projector(width: int, hidden: int, ssl_dim: int) -> nn.Sequential:
-    """Refined tokens (N, T, D) -> (N, T, ssl_dim), to be aligned with the encoder's patch tokens (REPA)."""
+    """Tokens (N, T, D) -> (N, T, ssl_dim), to be aligned with the encoder's patch tokens (REPA)."""
     return nn.Sequential(
         nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, ssl_dim)
     )

@@ -1,8 +1,9 @@
-"""Make, describe and check datasets: images, and packed latents (their layout is described in `dataset.py`).
+"""Make, describe and check datasets: images, and packed latents and features (see `dataset.py`, `ssl_features.py`).
 
     python -m preprocessing.dataset_tools convert --source ILSVRC2012_img_train.tar --dest IMAGES --resolution 256x256
     python -m preprocessing.dataset_tools encode --source IMAGES --dest OUT --vae stabilityai/sd-vae-ft-ema
     accelerate launch -m preprocessing.dataset_tools encode --source IMAGES --dest OUT --vae LOCAL --flip
+    python -m preprocessing.dataset_tools encode-ssl --source IMAGES --dest FEATURES --encoder dinov2-vit-b
     python -m preprocessing.dataset_tools pack --source vae-sd --dest OUT
     python -m preprocessing.dataset_tools verify OUT
     python -m preprocessing.dataset_tools info OUT
@@ -25,6 +26,7 @@ from evaluation.features import load_extractor
 from file_layout import SD_VAE
 from preprocessing.convert import convert, describe
 from preprocessing.encode import encode
+from preprocessing.encode_ssl import PRECISIONS, encode_ssl
 from preprocessing.images import list_images
 from preprocessing.pack import pack
 from preprocessing.pixels import TRANSFORMS
@@ -66,15 +68,13 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
     _add_dtype(parse)
     parse.add_argument("--flip", action="store_true", help="store the moments of the mirror images too (default: no)")
     parse.add_argument("--images", action="store_true", help="store the images too, as pixels (default: no)")
-    parse.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default: 64)")
+    parse.add_argument("--batch-size", type=_positive, default=64, help="images encoded at once (default: 64)")
     _add_device(parse, "the VAE")
     _add_num_workers(parse, "processes that read images, for each that encodes")
     parse.set_defaults(run=_run_encode)
 
 
 def _run_encode(args: argparse.Namespace) -> None:
-    if args.batch_size < 1:
-        raise UserError(f"batch size {args.batch_size} given, expected at least 1: change --batch-size")
     encode(
         args.source,
         args.dest,
@@ -85,6 +85,44 @@ def _run_encode(args: argparse.Namespace) -> None:
         args.num_workers,
         args.flip,
         args.images,
+    )
+
+
+def _add_encode_ssl(commands: argparse._SubParsersAction) -> None:
+    parse = commands.add_parser("encode-ssl", help="images -> packed features of an SSL encoder")
+    parse.add_argument("--source", required=True, help="folder or zip of images, or packed latents with --images")
+    parse.add_argument("--dest", required=True, help="folder of the packed features, to be made")
+    parse.add_argument(
+        "--encoder", default="dinov2-vit-b", help="dinov2-vit-b, mae-vit-l, ... or timm:NAME (default: %(default)s)"
+    )
+    parse.add_argument(
+        "--weights", metavar="FILE", help="its weights from a local file, or random (default: from the hub's cache)"
+    )
+    parse.add_argument("--tokens", type=_positive, help="tokens a side (default: half a side of the latents)")
+    _add_dtype(parse, "features")
+    parse.add_argument("--flip", action="store_true", help="store the features of the mirror images too (default: no)")
+    parse.add_argument(
+        "--mixed-precision", choices=list(PRECISIONS), default="no", help="precision of the encoder (default: no)"
+    )
+    parse.add_argument("--batch-size", type=_positive, default=64, help="images encoded at once (default: 64)")
+    _add_device(parse, "the encoder")
+    _add_num_workers(parse, "processes that read images, for each that encodes")
+    parse.set_defaults(run=_run_encode_ssl)
+
+
+def _run_encode_ssl(args: argparse.Namespace) -> None:
+    encode_ssl(
+        args.source,
+        args.dest,
+        args.encoder,
+        args.weights,
+        args.dtype,
+        args.batch_size,
+        usable_device(args.device),
+        args.num_workers,
+        args.flip,
+        args.tokens,
+        args.mixed_precision,
     )
 
 
@@ -103,13 +141,13 @@ def _add_pack(commands: argparse._SubParsersAction) -> None:
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
     parse = commands.add_parser("info", help="say what a dataset is")
-    parse.add_argument("path", help="packed dataset, or folder or zip of latents or images")
+    parse.add_argument("path", help="packed dataset or features, or folder or zip of latents or images")
     parse.set_defaults(run=lambda args: print(info(args.path)))
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:
-    parse = commands.add_parser("verify", help="read latents again and name every damaged sample")
-    parse.add_argument("path", help="packed dataset, or folder or zip of one .npy an image")
+    parse = commands.add_parser("verify", help="read latents or features again and name every damaged sample")
+    parse.add_argument("path", help="packed dataset or features, or folder or zip of one .npy an image")
     _add_num_workers(parse, "threads that read")
     parse.set_defaults(run=lambda args: verify(args.path, args.num_workers))
 
@@ -144,9 +182,9 @@ def _add_device(parse: argparse.ArgumentParser, what: str) -> None:
     parse.add_argument("--device", help=f"where {what} runs (default: cuda if there is one, else cpu)")
 
 
-def _add_dtype(parse: argparse.ArgumentParser) -> None:
+def _add_dtype(parse: argparse.ArgumentParser, what: str = "moments") -> None:
     parse.add_argument(
-        "--dtype", choices=["float16", "float32"], default="float16", help="stored moments (default: float16)"
+        "--dtype", choices=["float16", "float32"], default="float16", help=f"stored {what} (default: float16)"
     )
 
 
@@ -160,12 +198,18 @@ def _workers(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} given, expected a number from 1")
+    return int(text)
+
+
 @exits_on_user_error
 def main() -> None:
     """Parse the command line and run one command."""
     parser = OneLineParser(description="Make, describe and check datasets.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (_add_convert, _add_encode, _add_pack, _add_verify, _add_info, _add_stats):
+    for add_command in (_add_convert, _add_encode, _add_encode_ssl, _add_pack, _add_verify, _add_info, _add_stats):
         add_command(commands)
     args = parser.parse_args()
     args.run(args)

@@ -1,6 +1,8 @@
 """Images -> packed VAE moments, on one device or on many."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +12,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from errors import UserError
-from file_layout import FileStore
+from file_layout import FileStore, read_image
 from models.vae import encode_moments, load_vae, weights_sha256
 from preprocessing.destination import only_writer
-from preprocessing.images import SourceImages, list_images, read_image
+from preprocessing.images import SourceImages, list_images
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.processes import Processes, joined_processes
 from preprocessing.source_identity import source_sha256
@@ -60,7 +62,8 @@ def encode(
             job = PackedJob.join(dest)
             if job is not None:
                 vae = vae or load_vae(vae_name, device=processes.own(device))
-                _encode_units(job, FileStore(source), vae, batch_size, num_workers, processes)
+                batches = ImageBatches(FileStore(source), job.names, job.manifest["resolution"])
+                encode_units(job, batches, partial(encode_moments, vae), batch_size, num_workers, processes)
             processes.wait()
             if leader and job is not None:
                 job.finish(shard_rows)
@@ -92,40 +95,42 @@ def _manifest(
     )
 
 
-def _encode_units(
-    job: PackedJob, store: FileStore, vae: "AutoencoderKL", batch_size: int, num_workers: int, processes: Processes
+def encode_units(
+    job: PackedJob,
+    images: Dataset,
+    network: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int,
+    num_workers: int,
+    processes: Processes,
 ) -> None:
-    """Encode what is left for this process, one unit after the other, while worker processes read ahead."""
+    """Encode what is left for this process, one unit after the other, while worker processes read ahead.
+
+    `images` gives batches of samples, uint8 (B, H, W, 3), for lists of their numbers; `network` makes (B, ...) of them.
+    """
     units = job.left(processes.rank, processes.world)
     batches = {
         unit: [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
         for unit, rows in ((unit, job.rows_of(unit)) for unit in units)
     }
-    dataset = _ImageBatches(store, job.names, job.manifest["resolution"])
     order = [batch for unit in units for batch in batches[unit]]
     total = sum(len(job.rows_of(unit)) for unit in units)
     with (
-        worker_results(dataset, num_workers, batch_sampler=order) as read,
+        worker_results(images, num_workers, batch_sampler=order) as read,
         tqdm(total=total, desc=processes.label("encode"), unit="img", disable=processes.local_rank != 0) as bar,
     ):
         for unit in units:
-            moments, pixels = [], []
+            values, pixels = [], []
             for _ in batches[unit]:
                 batch = next(read)
-                moments.append(_views(vae, batch, job.manifest["flip"]))
+                views = [batch, batch.flip(2)] if job.manifest["flip"] else [batch]
+                values.append(torch.stack([network(view) for view in views], dim=1).cpu().numpy())
                 pixels.append(batch.numpy())
                 bar.update(len(batch))
-            images = np.concatenate(pixels) if job.manifest["images"] else None
-            job.write_unit(unit, np.concatenate(moments), images)
+            stored = np.concatenate(pixels) if job.manifest.get("images") else None
+            job.write_unit(unit, np.concatenate(values), stored)
 
 
-def _views(vae: "AutoencoderKL", pixels: torch.Tensor, flip: bool) -> np.ndarray:
-    """Moments of images (B, H, W, 3): (B, 1, 2C, h, w) float32, or (B, 2, 2C, h, w) with their mirror images."""
-    views = [pixels, pixels.flip(2)] if flip else [pixels]
-    return torch.stack([encode_moments(vae, view) for view in views], dim=1).cpu().numpy()
-
-
-class _ImageBatches(Dataset):
+class ImageBatches(Dataset):
     """Batches of images, uint8 (B, resolution, resolution, 3)."""
 
     def __init__(self, store: FileStore, names: list[str], resolution: int) -> None:

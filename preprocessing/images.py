@@ -1,16 +1,12 @@
 """Image folders and zips: which pictures they hold, of which class, and their pixels."""
 
-import io
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from errors import UserError
-from file_layout import FileStore
+from file_layout import FileStore, read_image
 from preprocessing.picture_source import list_stored
-from preprocessing.pixels import FORMATS
 
 
 class SourceImages(NamedTuple):
@@ -35,18 +31,3 @@ def list_images(source: str | Path) -> SourceImages:
     store = FileStore(source)
     listed = list_stored(store)
     return SourceImages(store, listed.images, np.array(listed.labels, np.int64), listed.class_names)
-
-
-def read_image(store: FileStore, name: str) -> np.ndarray:
-    """The image `name` of a store as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor greyscale."""
-    content, place = store.read(name), store.path / name
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.mode not in ("RGB", "L"):
-                raise UserError(f"{place} is in mode {image.mode}, expected RGB: run dataset_tools convert first")
-            return np.array(image.convert("RGB"))
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{place} cannot be read as an image ({reason}): replace or remove it") from error

@@ -1,15 +1,15 @@
 """One latent file an image -> packed latents, optionally with the images they were made of."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from errors import UserError
-from file_layout import LABELS, SD_VAE, FileLatents
+from file_layout import LABELS, SD_VAE, FileLatents, pairing_name, read_image
 from preprocessing.destination import only_writer
-from preprocessing.images import SourceImages, list_images, read_image
+from preprocessing.images import SourceImages, list_images
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
@@ -72,12 +72,6 @@ def check_files(latents: FileLatents) -> None:
     for name in sorted(there ^ set(latents.names))[:1]:
         problem = "lists no label for" if name in there else "lists a missing file,"
         raise UserError(f"{latents.path / LABELS} {problem} {name}: make files and labels agree")
-
-
-def pairing_name(name: str) -> str:
-    """What a latent file and its image have in common: the path without suffix, and without the `-mean-std-` that
-    REPA's tool puts in the name of latents ("00000/img-mean-std-00000042.npy" is of "00000/img00000042.png")."""
-    return PurePosixPath(name).with_suffix("").as_posix().replace("img-mean-std-", "img")
 
 
 def _paired_images(latents: FileLatents, images: SourceImages) -> SourceImages:

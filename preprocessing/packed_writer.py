@@ -1,4 +1,5 @@
-"""Writes the packed form of a dataset (described in `dataset.py`), so that a killed command goes on where it was.
+"""Writes packed latents (described in `dataset.py`) and packed features (`ssl_features.py`), so that a killed command
+goes on where it was.
 
 Samples are made in units of up to 512, by any number of processes, and at the end put together to the large files.
 In the making, the dataset's folder holds besides its finished files
@@ -23,14 +24,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest
+from dataset import FORMAT, FORMAT_VERSION, LATENTS, MANIFEST, read_manifest
 from errors import UserError
 from file_layout import load_npy
 from preprocessing.destination import write_file, written_aside
+from ssl_features import FEATURES
 
 SHARD_BYTES = 2**31  # few files, yet each is quick to copy and to check
 UNIT_ROWS = 512  # what a kill costs at most, in each process,
 UNIT_BYTES = 2**26  # and what a process has in memory: fewer rows where the images are stored too
+LAYOUTS = {layout.format: layout for layout in (LATENTS, FEATURES)}
 
 
 def packed_manifest(
@@ -75,6 +78,41 @@ def packed_manifest(
     }
 
 
+def features_manifest(
+    names: list[str],
+    *,
+    resolution: int,
+    tokens: int,
+    width: int,
+    dtype: str,
+    encoder: str,
+    weights_sha256: str,
+    precision: str = "no",
+    flip: bool = False,
+    source_sha256: str | None = None,
+) -> dict[str, Any]:
+    """The manifest of packed features, but for its shards and checksums.
+
+    `resolution` is the side of the images they are made of, `tokens` T, `width` z, and `precision` what the encoder
+    ran in; the rest is as in `packed_manifest`.
+    """
+    return {
+        "format": FEATURES.format,
+        "version": FEATURES.version,
+        "count": len(names),
+        "resolution": resolution,
+        "tokens": tokens,
+        "width": width,
+        "dtype": dtype,
+        "flip": flip,
+        "encoder": encoder,
+        "weights_sha256": weights_sha256,
+        "precision": precision,
+        "names": {"file": "names.json", "sha256": hashlib.sha256(_json(names)).hexdigest()},
+        "source_sha256": source_sha256,
+    }
+
+
 class PackedJob:
     """A packed dataset in the making, in folder `dest`; several processes may have it open.
 
@@ -91,9 +129,11 @@ class PackedJob:
 
     @classmethod
     def begin(
-        cls, dest: str | Path, manifest: dict[str, Any], names: list[str], labels: np.ndarray
+        cls, dest: str | Path, manifest: dict[str, Any], names: list[str], labels: np.ndarray | None = None
     ) -> "PackedJob | None":
-        """The job of making what `manifest` (from `packed_manifest`) says, new or continued; None if it is done.
+        """The job of making what `manifest` says, new or continued; None if it is done.
+
+        It is from `packed_manifest`, and `labels` with it, or from `features_manifest`.
 
         Raises `UserError` if `dest` holds something else or damaged, finished or not: it is left as it is.
         """
@@ -102,7 +142,7 @@ class PackedJob:
         if dest.exists() and not dest.is_dir():
             raise UserError(f"{dest} is a file, expected a folder: change --dest")
         if (dest / MANIFEST).is_file():
-            _check_same(manifest, read_manifest(dest), dest, "complete dataset")
+            _check_same(manifest, read_manifest(dest, LAYOUTS[manifest["format"]]), dest, "complete dataset")
             shutil.rmtree(work, ignore_errors=True)  # where the kill came between the manifest and this
             return None
         if job.is_file():
@@ -118,7 +158,8 @@ class PackedJob:
             unit_rows = max(1, min(UNIT_ROWS, UNIT_BYTES // row_type(manifest).itemsize))
             write_file(job, _json({"unit_rows": unit_rows, "manifest": manifest}))
         write_file(dest / "names.json", _json(names), work)
-        write_file(dest / "labels.npy", _npy(labels.astype(np.int64)), work)
+        if labels is not None:
+            write_file(dest / "labels.npy", _npy(labels.astype(np.int64)), work)
         return cls(dest)
 
     @classmethod
@@ -143,20 +184,20 @@ class PackedJob:
         """The samples of a unit."""
         return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, len(self)))
 
-    def write_unit(self, unit: int, moments: np.ndarray, images: np.ndarray | None = None) -> None:
-        """Write one unit: moments (n, 2C, h, w), with flips (n, 2, 2C, h, w), and uint8 images (n, H, W, 3).
+    def write_unit(self, unit: int, values: np.ndarray, images: np.ndarray | None = None) -> None:
+        """Write one unit: moments (n, 2C, h, w) or features (n, T, z), and uint8 images (n, H, W, 3).
 
-        Raises `UserError` if moments are not finite in the stored dtype, naming the sample, or at a full disk.
+        With flips both views of a sample, (n, 2, ...). Raises `UserError` if values are not finite in the stored
+        dtype, naming the sample, or at a full disk.
         """
-        rows = np.empty(len(self.rows_of(unit)), self.row_type)
+        rows, field = np.empty(len(self.rows_of(unit)), self.row_type), self.row_type.names[0]
         with np.errstate(over="ignore"):  # reported just below, with the sample's name
-            rows["moments"] = moments.reshape(rows["moments"].shape)
-        finite = np.isfinite(rows["moments"]).reshape(len(rows), -1).all(axis=1)
+            rows[field] = values.reshape(rows[field].shape)
+        finite = np.isfinite(rows[field]).reshape(len(rows), -1).all(axis=1)
         if not finite.all():
-            raise UserError(
-                f"the moments of {self.names[self.rows_of(unit)[int(finite.argmin())]]} are not finite in "
-                f"{self.manifest['dtype']}: give --dtype float32, or another --vae"
-            )
+            name = self.names[self.rows_of(unit)[int(finite.argmin())]]
+            remedy = f"--dtype float32, or another {'--vae' if field == 'moments' else '--encoder'}"
+            raise UserError(f"the {field} of {name} are not finite in {self.manifest['dtype']}: give {remedy}")
         if images is not None:
             rows["images"] = images
         write_file(self._unit_file(unit), _npy(rows))
@@ -171,7 +212,7 @@ class PackedJob:
         with tqdm(total=len(self.row_type.names) * len(self), desc="write shards", unit="row") as bar:
             for field in self.row_type.names:
                 shards = self._finish_field(field, shard_rows, bar)
-                manifest["shards" if field == "moments" else "image_shards"] = [
+                manifest["image_shards" if field == "images" else "shards"] = [
                     {key: shard[key] for key in ("file", "count", "sha256")} for shard in shards
                 ]
                 checksums.append([checksum for shard in shards for checksum in shard["crc32"]])
@@ -241,9 +282,11 @@ def write_packed(
 
 
 def row_type(manifest: dict[str, Any]) -> np.dtype:
-    """One sample in a unit: moments of one or two views, and pixels if there are any."""
-    views = 2 if manifest["flip"] else 1
-    fields = [("moments", np.dtype(manifest["dtype"]), (views, *manifest["latent_shape"]))]
+    """One sample in a unit: moments or features of one or two views, and pixels if there are any."""
+    views, dtype = 2 if manifest["flip"] else 1, np.dtype(manifest["dtype"])
+    if manifest["format"] == FEATURES.format:
+        return np.dtype([("features", dtype, (views, manifest["tokens"], manifest["width"]))])
+    fields = [("moments", dtype, (views, *manifest["latent_shape"]))]
     if manifest["images"]:
         fields.append(("images", np.dtype(np.uint8), (manifest["resolution"], manifest["resolution"], 3)))
     return np.dtype(fields)
@@ -252,7 +295,7 @@ def row_type(manifest: dict[str, Any]) -> np.dtype:
 def shard_header(manifest: dict[str, Any], field: str, count: int) -> bytes:
     """What comes before the rows in a shard of `count` samples."""
     field_type = row_type(manifest)[field]
-    row_shape = field_type.shape if field != "moments" or manifest["flip"] else field_type.shape[1:]
+    row_shape = field_type.shape if field == "images" or manifest["flip"] else field_type.shape[1:]
     buffer = io.BytesIO()
     header = {"descr": field_type.base.str, "fortran_order": False, "shape": (count, *row_shape)}
     np.lib.format.write_array_header_1_0(buffer, header)

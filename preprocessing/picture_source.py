@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import UserError
-from file_layout import LABELS, FileStore, read_labels
-from preprocessing.pixels import SUFFIXES
+from file_layout import IMAGE_SUFFIXES, LABELS, FileStore, read_labels
 from preprocessing.tar_store import TarStore, is_tar
 
 
@@ -39,7 +38,7 @@ def list_stored(store: FileStore | TarStore) -> PictureSource:
     files = sorted(store.names())
     images = [name for name in files if _is_image(name)]
     if not images:
-        raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) below {store.path}: change --source")
+        raise UserError(f"no images ({', '.join(IMAGE_SUFFIXES)}) below {store.path}: change --source")
     if LABELS in files:
         files.remove(LABELS)
         labels, class_names = _listed_classes(store, images)
@@ -53,7 +52,8 @@ def list_stored(store: FileStore | TarStore) -> PictureSource:
 
 def _is_image(name: str) -> bool:
     place = Path(name)
-    return place.suffix.lower() in SUFFIXES and not place.name.startswith(".")  # macOS hides "._1.jpg" beside "1.jpg"
+    is_hidden = place.name.startswith(".")  # macOS hides "._1.jpg" beside "1.jpg"
+    return place.suffix.lower() in IMAGE_SUFFIXES and not is_hidden
 
 
 def _open(path: Path) -> FileStore | TarStore:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageFile
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # decoded within Pillow: no outside program is run
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from file_layout import IMAGE_FORMATS
+
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation -> what undoes it; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,7 +29,7 @@ def read_rgb(content: bytes) -> tuple[Image.Image, str]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow only warns of is read all the same
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             image.load()
             kind, turn = image.mode, UPRIGHT.get(_orientation(image))
             rgb = _to_rgb(image)

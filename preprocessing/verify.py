@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset import PackedLatents, open_latents, read_manifest
+from dataset import LATENTS, MANIFEST, open_latents, read_manifest
 from errors import UserError
 from file_layout import FileLatents
 from files import file_sha256
 from preprocessing.images import list_images
 from preprocessing.pack import check_files
-from preprocessing.packed_writer import row_type, shard_header
+from preprocessing.packed_writer import LAYOUTS, row_type, shard_header
+from ssl_features import FEATURES, PackedFeatures
 
 CHUNK_BYTES = 2**22
 
 
 def info(path: str | Path) -> str:
-    """Say in a few lines what the dataset at `path` is: packed latents, one latent file an image, or images."""
+    """Say in a few lines what the dataset at `path` is: packed latents or features, one latent file an image, or
+    images."""
+    if _format(path) == FEATURES.format:
+        return _features_info(PackedFeatures(path))
     try:
         data = open_latents(path)
     except UserError as not_latents:
@@ -43,16 +47,41 @@ def info(path: str | Path) -> str:
     if isinstance(data, FileLatents):
         return "\n".join([*lines, f"scaling factor  {data.scaling_factor}, the SD-VAE's: this layout records no VAE"])
     vae, sha256 = data.manifest["vae"], data.manifest["vae_sha256"]
-    size = sum(file.stat().st_size for file in data.path.iterdir())
     shards = data.manifest["shards"] + data.manifest.get("image_shards", [])
     return "\n".join(
         [
             *lines,
             f"vae             {vae}, weights sha256 {sha256[:12] + '...' if sha256 else 'not recorded'}",
             f"scaling factor  {data.scaling_factor}",
-            f"on disk         {size / 2**20:.1f} MiB in {len(shards)} shard(s)",
+            _on_disk(data.path, len(shards)),
         ]
     )
+
+
+def _features_info(data: PackedFeatures) -> str:
+    views = ", of the mirror images too" if data.has_flips else ""
+    return "\n".join(
+        [
+            f"samples         {len(data)}",
+            f"resolution      {data.manifest['resolution']} px",
+            f"features        ({data.tokens}, {data.width}) {data.manifest['dtype']}, patch tokens{views}",
+            f"encoder         {data.encoder}, weights sha256 {data.manifest['weights_sha256'][:12]}...",
+            _on_disk(data.path, len(data.manifest["shards"])),
+        ]
+    )
+
+
+def _on_disk(folder: Path, shards: int) -> str:
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return f"on disk         {size / 2**20:.1f} MiB in {shards} shard(s)"
+
+
+def _format(path: str | Path) -> str | None:
+    """What the manifest in a folder calls itself; None if there is none."""
+    try:
+        return json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _counts(counts: np.ndarray) -> list[str]:
@@ -70,7 +99,7 @@ def verify(path: str | Path, num_workers: int = 2) -> None:
     """
     path = Path(path)
     try:
-        manifest, files = read_manifest(path), None
+        manifest, files = read_manifest(path, LAYOUTS.get(_format(path), LATENTS)), None
     except UserError:  # unless it is of one file an image, this says the same again
         manifest, files = None, open_latents(path)
     damaged = _damage_of_files(files, num_workers) if files else _damage_of_packed(path, manifest, num_workers)
@@ -79,7 +108,7 @@ def verify(path: str | Path, num_workers: int = 2) -> None:
     if damaged:
         more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         raise UserError(f"{path} is damaged: {damaged[0]}{more}: copy it again or write it again")
-    print(f"{path}: {len(files or PackedLatents(path))} samples, all as written")
+    print(f"{path}: {len(files) if files else manifest['count']} samples, all as written")
 
 
 def _damage_of_files(data: FileLatents, num_workers: int) -> list[str]:
@@ -98,7 +127,7 @@ def _damage_of_files(data: FileLatents, num_workers: int) -> list[str]:
 
 
 def _damage_of_packed(path: Path, manifest: dict[str, Any], num_workers: int) -> list[str]:
-    small = [manifest[key] for key in ("labels", "names", "checksums")]
+    small = [manifest[key] for key in ("labels", "names", "checksums") if key in manifest]
     damaged = [
         f"{entry['file']} is damaged" for entry in small if _sha256(path / Path(entry["file"]).name) != entry["sha256"]
     ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sample_data import contents
 
-from benchmarks import data_loading, evaluation
+from benchmarks import data_loading, evaluation, ssl_alignment
 from dataset import PackedLatents
 
 
@@ -46,3 +46,15 @@ def test_evaluation_measures_routes_that_agree(tmp_path, monkeypatch, capsys):
             assert results[name]["seconds_of_plain"] > 0
     precision, recall = results["precision and recall, ours"]["value"]
     assert 0 < precision < 1 and 0 < recall < 1
+
+
+def test_ssl_alignment_measures_every_kind_of_step(tmp_path, monkeypatch, capsys):
+    flags = ["--model", "DeepFlow-Tiny/2", "--encoder", "timm:vit_tiny_patch16_224", "--resolution", 32, "--samples", 8]
+    flags += ["--batch-size", 2, "--steps", 1, "--device", "cpu", "--dir", tmp_path, "--output", tmp_path / "f.json"]
+    monkeypatch.setattr(sys, "argv", ["ssl_alignment", *map(str, flags)])
+    ssl_alignment.main()
+    results = json.loads((tmp_path / "f.json").read_text())["results"]
+    assert list(results) == ["no alignment", "packed features", "encoder at work"]
+    assert results["no alignment"]["times_plain"] == 1 and all(result["seconds"] > 0 for result in results.values())
+    assert "encoder at work" in capsys.readouterr().out
+    assert list(contents(tmp_path)) == ["f.json"]

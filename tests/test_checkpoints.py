@@ -102,6 +102,40 @@ def test_sit_is_inferred(tmp_path):
     assert loaded.config == model.config
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(ssl_dim=5),
+        dict(ssl_dim=[5, 7]),
+        dict(ssl_dim=[5, 7, 6], df_idxs=[1, 3]),
+        dict(ssl_dim=5, df_idxs=[], repa_depth=2),
+        dict(ssl_dim=[5, 7], df_idxs=[], repa_depth=3),
+    ],
+)
+def test_projectors_come_back_from_every_kind_of_file(tmp_path, change):
+    torch.manual_seed(0)
+    model = DeepFlow(**{**TINY, **change})
+    told = {key: change[key] for key in ("df_idxs", "repa_depth") if key in change}
+    checkpoints.save(tmp_path / "ours.safetensors", model.state_dict(), model.config, {})
+    official(tmp_path / "official.pt", model, num_heads=2, **told)
+    for file in ("ours.safetensors", "official.pt"):
+        loaded = checkpoints.load(tmp_path / file)
+        assert loaded.config == model.config
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    if "repa_depth" in change:
+        del told["repa_depth"]
+        with pytest.raises(UserError, match=r"repa_depth 8 must lie in 1..4"):  # REPA's own, if the file is silent
+            checkpoints.load(official(tmp_path / "silent.pt", model, num_heads=2, **told))
+
+
+def test_a_projector_that_is_missing_is_named(tmp_path):
+    model = DeepFlow(**{**TINY, "ssl_dim": [5, 7]})
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith("projectors.0.")}
+    torch.save({"ema": weights}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="has 2 projectors, but no tensor 'projectors.0.4.weight'"):
+        checkpoints.load(tmp_path / "x.pt", num_heads=2)
+
+
 def test_mismatch_names_keys_and_shapes(tmp_path, model):
     path = tmp_path / "x.safetensors"
     checkpoints.save(path, model.state_dict(), model.config, {})

@@ -18,14 +18,14 @@ from PIL import Image
 from sample_data import contents, kill_ten_times, run_main
 
 from errors import UserError
-from file_layout import FileStore
+from file_layout import IMAGE_SUFFIXES, FileStore
 from preprocessing import convert as convert_module
 from preprocessing.convert import CHUNK, convert, describe
 from preprocessing.destination import only_writer
 from preprocessing.growing_zip import GrowingZip
 from preprocessing.images import list_images
 from preprocessing.picture_source import list_pictures
-from preprocessing.pixels import SUFFIXES, center_crop_dhariwal
+from preprocessing.pixels import center_crop_dhariwal
 
 CLASSES = ["ant", "bee", "cat"]
 GOOD = 1000
@@ -274,14 +274,14 @@ def test_shared_folders_are_no_classes(tmp_path):
 def test_what_convert_takes_for_images_and_classes_all_tools_do(tmp_path):
     """Of every format that is converted, in shared folders, with what macOS leaves beside them."""
     folder = tmp_path / "raw" / "train"
-    for index, suffix in enumerate(sorted(SUFFIXES)):
+    for index, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
         place = folder / "ab"[index % 2] / f"{index}{suffix}"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((16, 16), 60).convert("L" if suffix == ".pgm" else "RGB").save(place)
     (folder / "a" / "._0.bmp").write_bytes(b"of macOS")
     (folder / "b" / "notes.txt").write_bytes(b"notes")
     found, expected = list_images(tmp_path / "raw"), list_pictures(tmp_path / "raw")
-    assert len(found.names) == len(SUFFIXES) == 10 and found.names == expected.images
+    assert len(found.names) == len(IMAGE_SUFFIXES) == 10 and found.names == expected.images
     assert found.class_names == expected.class_names == ["a", "b"]
     assert found.labels.tolist() == expected.labels == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
 

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = {"evaluation.archives", "evaluation.features", "evaluation.statistics"}
-PREPROCESSING = {"models.vae", "models.ssl_encoders", "dataset", "file_layout", "preprocessing"} | FEATURES
+DATA = {"dataset", "file_layout", "ssl_features"}
+PREPROCESSING = {"models.vae", "models.ssl_encoders", "preprocessing"} | DATA | FEATURES
 
 # Module or package -> the parts of the project it may import; `errors`, `files` and `processes` are everybody's.
 # A name allows what is inside.
@@ -19,9 +20,10 @@ ALLOWED = {
     "models": {"models"},
     "loss": {"interpolant"},
     "samplers": {"interpolant"},
-    "dataset": {"file_layout"},
+    "dataset": {"file_layout", "ssl_features"},
+    "ssl_features": {"dataset", "file_layout"},
     "file_layout": set(),
-    "training": {"models", "training", "dataset", "generate", "evaluation"},
+    "training": {"models", "training", "dataset", "ssl_features", "generate", "evaluation"},
     "train": {"models", "loss", "dataset", "training", "generate", "evaluation"},
     "generate": {"models", "samplers", "interpolant"},
     "evaluation": {"evaluation"},

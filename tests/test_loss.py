@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 from errors import UserError
 from interpolant import PATHS
-from loss import DeepFlowLoss, Draws, branch_times
+from loss import DeepFlowLoss, Draws, branch_times, negative_cosine
 from models import DeepFlow
 
 K, N, SHAPE = 3, 4, (2, 3, 3)
@@ -73,6 +74,58 @@ def test_terms_equal_a_loop_over_samples(case, path):
         assert terms.alignment[n].item() == pytest.approx(alignment.item(), abs=1e-6)
         total = velocity + 0.7 * acceleration + 0.4 * alignment
         assert loss.total(terms)[n].item() == pytest.approx(total.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("widths", [[6], [6, 3], [2, 5, 4]])
+def test_alignment_equals_a_loop_in_float64(case, widths):
+    """Over places of alignment, encoders, samples and tokens, written out."""
+    places, tokens = K - 1, 5
+    features = [double(N, tokens, width, seed=40 + e) for e, width in enumerate(widths)]
+    case.output.projections = [
+        double(N, tokens, width, seed=50 + 10 * i + e) for i in range(places) for e, width in enumerate(widths)
+    ]
+    given = features if len(features) > 1 else features[0]
+    terms = DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise, given)
+    for n in range(N):
+        total = 0.0
+        for i in range(places):
+            for e in range(len(widths)):
+                for j in range(tokens):
+                    p, f = case.output.projections[i * len(widths) + e][n, j].tolist(), features[e][n, j].tolist()
+                    dot = sum(a * b for a, b in zip(p, f, strict=True))
+                    norms = math.sqrt(sum(a * a for a in p)) * math.sqrt(sum(b * b for b in f))
+                    total -= dot / norms / tokens / places / len(widths)
+        assert terms.alignment[n].item() == pytest.approx(total, rel=1e-12)
+
+
+def test_alignment_is_normalised_in_float32():
+    """In half precision the square of such a feature is infinite."""
+    projection = torch.full((2, 3, 8), 300.0, dtype=torch.float16)
+    value = negative_cosine(projection, projection.clone())
+    assert value.dtype == torch.float32 and torch.allclose(value, torch.full((2,), -1.0))
+
+
+def test_without_features_there_is_no_alignment(case):
+    terms = DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise)
+    assert not terms.alignment.any()
+
+
+@pytest.mark.parametrize(
+    ("projections", "features"),
+    [
+        ([], [(N, 5, 6)]),
+        ([(N, 5, 6)] * 2, []),
+        ([(N, 5, 6)] * 2, [(N, 5, 7)]),
+        ([(N, 5, 6)] * 2, [(N, 4, 6)]),
+        ([(N, 5, 6)] * 3, [(N, 5, 6)] * 2),
+        ([(N, 5, 6), (N, 5, 7)], [(N, 5, 7), (N, 5, 6)]),
+    ],
+)
+def test_features_that_do_not_fit_the_projections_are_a_user_error(case, projections, features):
+    case.output.projections = [torch.ones(shape) for shape in projections]
+    features = [torch.ones(shape) for shape in features]
+    with pytest.raises(UserError, match="do not fit the model's projections"):
+        DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise, features)
 
 
 def test_input_is_the_noisy_latent_of_the_first_time(case):

@@ -141,6 +141,48 @@ def test_any_branching_runs(df_idxs):
     assert [p.shape for p in output.projections] == [(2, 4, 5)] * (k - 1)
 
 
+@pytest.mark.parametrize("df_idxs", [[2], [1, 3]])
+def test_several_encoders_have_a_projector_each_after_every_vera_block(df_idxs):
+    model = randomized(DeepFlow(**TINY, df_idxs=df_idxs, ssl_dim=[5, 7]))
+    projections = model(*inputs(k=len(df_idxs) + 1)).projections
+    assert [p.shape for p in projections] == [(2, 4, 5), (2, 4, 7)] * len(df_idxs)
+    refined = []
+    for block in model.df_blocks:
+        block.register_forward_hook(lambda _, __, out: refined.append(out[0]))
+    projections = model(*inputs(k=len(df_idxs) + 1)).projections
+    for i, projection in enumerate(projections):
+        assert torch.equal(projection, model.projectors[i](refined[i // 2]))
+    assert model.config["ssl_dim"] == [5, 7]
+    assert DeepFlow(**json.loads(json.dumps(model.config))).config == model.config
+
+
+def test_one_encoder_given_as_a_list_is_one_encoder():
+    a, b = (DeepFlow(**TINY, df_idxs=[2], ssl_dim=dim) for dim in (5, [5]))
+    assert a.config == b.config and a.config["ssl_dim"] == 5
+    assert {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in b.state_dict().items()}
+    assert "projectors.0.4.weight" in a.state_dict() and "repa_depth" not in a.config
+    for none in (0, []):
+        assert DeepFlow(**TINY, df_idxs=[2], ssl_dim=none).config["ssl_dim"] == 0
+
+
+@pytest.mark.parametrize("repa_depth", [1, 3, 4])
+def test_one_branch_is_aligned_after_the_block_asked_for(repa_depth):
+    model, outputs = randomized(DeepFlow(**TINY, ssl_dim=[5, 7], repa_depth=repa_depth)), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, out: outputs.append(out))
+    projections = model(*inputs()).projections
+    assert len(projections) == 2 and model.config["repa_depth"] == repa_depth
+    for projection, projector in zip(projections, model.projectors, strict=True):
+        assert torch.equal(projection, projector(outputs[repa_depth - 1]))
+    for projector in model.projectors:
+        projector.register_forward_hook(lambda *_: pytest.fail("a projector ran"))
+    assert model.velocity(*inputs()).shape == (2, 4, 4, 4)
+    aligned, plain = DeepFlow(**TINY, ssl_dim=5, repa_depth=2), DeepFlow(**TINY)
+    assert set(aligned.state_dict()) - set(plain.state_dict()) == {
+        f"projectors.0.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")
+    }
+
+
 def test_velocity_alone_skips_training_heads_and_agrees():
     model = randomized(DeepFlow(**TINY, df_idxs=[2], ssl_dim=5))
     expected = model(*inputs()).velocities[-1]
@@ -225,6 +267,13 @@ def test_position_embedding_and_unpatchify_share_the_row_order():
         (dict(num_heads=3), "hidden_size 16 must be a multiple of num_heads 3"),
         (dict(input_size=5), "input_size 5 must be a multiple of patch_size 2"),
         (dict(decoder_hidden_size=32), "decoder_hidden_size 32 must equal hidden_size 16"),
+        (dict(ssl_dim=5), r"one branch needs the block to align after, in 1..4 \(--repa-depth\)"),
+        (dict(repa_depth=2), r"repa_depth 2 given without an SSL encoder"),
+        (dict(ssl_dim=5, repa_depth=5), r"repa_depth 5 must lie in 1..4"),
+        (dict(ssl_dim=5, repa_depth=-1), r"repa_depth -1 must lie in 1..4"),
+        (dict(ssl_dim=5, repa_depth=2, df_idxs=[2]), "repa_depth 2 is for a model of one branch, this one has 2"),
+        (dict(ssl_dim=[5, 0], df_idxs=[2]), r"ssl_dim \[5, 0\] must be the feature width"),
+        (dict(ssl_dim=-1, df_idxs=[2]), "ssl_dim -1 must be"),
     ],
 )
 def test_bad_configurations_are_user_errors(change, message):

@@ -20,6 +20,9 @@ EXPERIMENT = (
     "acc_coeff",
     "ema_decay",
     "ema_std",
+    "ssl_align",
+    "enc_type",
+    "proj_coeff",
 )
 
 
@@ -109,6 +112,19 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: 0.2 each, 1.0 for the last)")  # fmt: skip
     add("--acc-coeff", type=number(float, 0), default=1.0, help="weight of the acceleration loss")
 
+    group = parser.add_argument_group("SSL alignment (REPA)")
+    add = group.add_argument
+    add("--ssl-align", action=boolean, default=False, help="align the tokens after every VeRA block with those of a "
+        "frozen image encoder: needs images in the data, or --ssl-features")  # fmt: skip
+    add("--enc-type", nargs="*", metavar="NAME", help="encoder or encoders (default: dinov2-vit-b)")
+    add("--enc-weights", nargs="*", metavar="FILE", help="a local file of weights for each encoder, or `random` "
+        "(default: from the hub or its cache)")  # fmt: skip
+    add("--ssl-features", nargs="*", metavar="DIR", help="features that dataset_tools encode-ssl wrote, a folder for "
+        "each encoder: neither images nor encoder are needed")  # fmt: skip
+    add("--proj-coeff", type=number(float, 0), default=0.5, help="weight of the alignment loss")
+    add("--repa-depth", type=number(int, 1), metavar="N", help="in a model of one branch, align after this block, as "
+        "REPA does (default: 8)")  # fmt: skip
+
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add("--epochs", type=number(int, 1), default=1400, help="stop after so many passes over the data")
@@ -161,6 +177,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--scale-weight {options.scale_weight} given, expected weights of 0 or more")
     if options.exp_name in {"", ".", ".."} or set(options.exp_name) & set("/\\"):
         raise UserError(f"--exp-name {options.exp_name!r} given, expected the name of one folder")
+    resolve_alignment(options)
     if Path(options.logging_dir).is_absolute() or ".." in Path(options.logging_dir).parts:
         raise UserError(f"--logging-dir {options.logging_dir!r} given, expected a folder inside the run's")
     if not options.ema_decay + options.ema_std:
@@ -177,3 +194,24 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"--report-to {options.report_to} given, but it is not installed: pip install {options.report_to}"
         )
     return options
+
+
+def resolve_alignment(options: argparse.Namespace) -> None:
+    """Check the flags of SSL alignment against each other, and split names given as the official release does.
+
+    Raises:
+        UserError: for flags that need others, or numbers of encoders, weights and features that differ.
+    """
+    if not options.ssl_align:
+        for flag in ("--enc-weights", "--ssl-features", "--repa-depth"):
+            if given := getattr(options, flag[2:].replace("-", "_")):
+                raise UserError(f"{flag} {given} given without --ssl-align: add that, or drop {flag}")
+        options.enc_type = None  # the official scripts always name one
+        return
+    names = [name for word in options.enc_type or [] for name in word.split(",") if name]
+    options.enc_type = names or (None if options.ssl_features else ["dinov2-vit-b"])
+    if options.ssl_features and options.enc_weights:
+        raise UserError("--enc-weights and --ssl-features given: features need no encoder, drop one of the two")
+    for flag, given in {"--enc-weights": options.enc_weights, "--ssl-features": options.ssl_features}.items():
+        if given and options.enc_type and len(given) != len(options.enc_type):
+            raise UserError(f"{flag} has {len(given)} entries, --enc-type {len(options.enc_type)}: give one for each")

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataset import LatentData, open_latents
 from errors import UserError
 from models import DeepFlow, create_model
+from models.presets import model_config
+from models.ssl_encoders import encoder_width
+from ssl_features import PackedFeatures
 from training import checkpointing
 from training.logging import code_commit
 from training.options import EXPERIMENT
@@ -25,6 +29,7 @@ from training.parallel import is_sharded
 ASSUMED = {"resolution": 256, "num_classes": 1000}
 ASSUMED_IMAGES = 1_281_167
 SD_REDUCTION, SD_CHANNELS = 8, 4
+REPA_DEPTH = 8  # where REPA aligns a SiT
 
 # Dense fp16 or bf16 operations a second, by a part of the device's name, the more specific ones first.
 PEAK_FLOPS = {
@@ -50,6 +55,7 @@ class Plan:
     data: LatentData | None  # None only in a dry run whose data is missing
     missing: str | None  # then, the line that says so
     images: int  # in the data
+    features: list[PackedFeatures]  # of SSL encoders, where they are at hand
     config: dict[str, Any]  # the network's architecture
     parameters: int
     experiment: dict[str, Any]  # what a resumed run must share
@@ -97,8 +103,21 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
             raise UserError(f"{flag} {given} given, but the dataset {data.path} has {value}: change or drop {flag}")
         setattr(options, name, value if given is None else given)
 
+    features = [PackedFeatures(path) for path in options.ssl_features or []]
+    if features:
+        encoders = [packed.encoder for packed in features]
+        if options.enc_type not in (None, encoders):
+            raise UserError(f"--enc-type {options.enc_type}, but --ssl-features are of {encoders}: drop --enc-type")
+        options.enc_type = encoders
+    elif options.ssl_align and data is not None and not data.has_images:
+        raise UserError(
+            f"--ssl-align needs images, and {data.path} has none: encode with --images, or give --ssl-features, made "
+            "with dataset_tools encode-ssl"
+        )
     with torch.device("meta"):  # checks the architecture and counts its parameters without taking memory
-        network = build_network(options, data)
+        network = build_network(options, data, features)
+    for packed in features if data is not None else ():
+        packed.check_belongs(data, tokens_a_side(network.config) ** 2)
     if options.scale_weight is not None and len(options.scale_weight) != network.num_branches:
         raise UserError(
             f"--scale-weight {options.scale_weight} has {len(options.scale_weight)} entries, the model "
@@ -111,6 +130,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         data=data,
         missing=missing,
         images=images,
+        features=features,
         config=network.config,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         experiment={name: getattr(options, name) for name in EXPERIMENT} | network.config | {"data": identity(data)},
@@ -131,16 +151,19 @@ def identity(data: LatentData | None) -> str | None:
     return f"{len(data)} samples, {digest[:12]}"
 
 
-def build_network(options: argparse.Namespace, data: LatentData | None) -> DeepFlow:
-    """The network that the options name, for the dataset's latents.
+def build_network(options: argparse.Namespace, data: LatentData | None, features: Sequence[PackedFeatures]) -> DeepFlow:
+    """The network that the options name, for the dataset's latents and the features it is aligned with.
 
     Raises:
-        UserError: for an unknown name, branches that do not cut the depth, or latents that are not square.
+        UserError: for an unknown name or encoder, branches that do not cut the depth, or latents that are not square.
     """
     side = options.resolution // SD_REDUCTION
     channels, height, width = (2 * SD_CHANNELS, side, side) if data is None else data.latent_shape
     if height != width:
         raise UserError(f"the latents in {data.path} are {height} x {width}: encode square images")
+    widths = [packed.width for packed in features] or [encoder_width(name) for name in options.enc_type or []]
+    config = model_config(options.model, depth=options.trans_depth, df_idxs=options.df_idxs)
+    one_branch = options.ssl_align and not config["df_idxs"]
     return create_model(
         options.model,
         depth=options.trans_depth,
@@ -150,7 +173,14 @@ def build_network(options: argparse.Namespace, data: LatentData | None) -> DeepF
         in_channels=channels // 2,  # stored as mean and std
         qk_norm=options.qk_norm,
         legacy_scaling=options.legacy_scaling,
+        ssl_dim=widths or None,
+        repa_depth=options.repa_depth or (min(REPA_DEPTH, config["depth"]) if one_branch else None),
     )
+
+
+def tokens_a_side(config: dict[str, Any]) -> int:
+    """Square root of the number of tokens of an image."""
+    return config["input_size"] // config["patch_size"]
 
 
 def measure(plan: Plan, options: argparse.Namespace) -> Work:
@@ -220,6 +250,7 @@ def describe(plan: Plan, options: argparse.Namespace, work: Work, world: int, de
     origin = f", from {plan.resume_from}" if plan.resume_from else ""
     data = "missing, ImageNet's training set assumed" if plan.data is None else plan.data.path
     averages = len(options.ema_decay) + len(options.ema_std)
+    source = f"features of {len(plan.features)} folder(s)" if plan.features else "which sees the images at every step"
     shards = world if is_sharded() else 1
     states = 4 * plan.parameters * (4 + averages) / shards  # weights, gradients, two moments; float32 all of them
     activations = plan.micro_batch * work.activation_bytes
@@ -229,6 +260,7 @@ def describe(plan: Plan, options: argparse.Namespace, work: Work, world: int, de
             f"forward of one image: {plan.config}",
             f"data       {data}: {plan.images} images of {options.resolution} px in "
             f"{options.num_classes} classes, {plan.images / options.batch_size:.1f} steps an epoch",
+            *([f"aligned    with {', '.join(options.enc_type)}, {source}"] if options.ssl_align else []),
             f"batch      {options.batch_size} = {world} processes x {options.gradient_accumulation_steps} "
             f"accumulated x {plan.micro_batch}, precision {options.mixed_precision} on {device.type}"
             f"{', sharded' if shards > 1 else ''}",

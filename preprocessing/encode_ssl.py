@@ -1,0 +1,149 @@
+"""Images -> packed features of an SSL encoder, on one device or on many."""
+
+import hashlib
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset import MANIFEST, PackedLatents
+from errors import UserError
+from file_layout import FileStore
+from models.ssl_encoders import load_encoder
+from models.vae import weights_sha256
+from preprocessing.destination import only_writer
+from preprocessing.encode import ImageBatches, encode_units
+from preprocessing.images import list_images
+from preprocessing.packed_writer import SHARD_BYTES, PackedJob, features_manifest, row_type
+from preprocessing.processes import joined_processes
+from preprocessing.source_identity import source_sha256
+
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def encode_ssl(
+    source: str | Path,
+    dest: str | Path,
+    encoder_name: str,
+    weights: str | Path | None = None,
+    dtype: str = "float16",
+    batch_size: int = 64,
+    device: str = "cpu",
+    num_workers: int = 2,
+    flip: bool = False,
+    tokens_a_side: int | None = None,
+    precision: str = "no",
+    shard_rows: int | None = None,
+) -> None:
+    """Encode the images in `source` to packed features in `dest`, or go on where that was stopped.
+
+    `source` is a folder or zip of images, or packed latents that were written with the images. `encoder_name` and
+    `weights` are as in `load_encoder`; `precision` (of `PRECISIONS`) is what the encoder runs in. By default there are
+    as many tokens as a network of patch size 2 has: for images the SD-VAE's latents are assumed. `flip` stores the
+    features of the mirror images too. The size on disk is printed before any work. For the rest see `encode.encode`.
+
+    Raises `UserError` for a source or an encoder that does not fit, too little free disk, and as `encode` does.
+    """
+    with joined_processes() as processes:
+        leader = processes.rank == 0  # it alone looks at the source, fetches the encoder and puts the shards together
+        place = processes.own(device)
+        with only_writer(dest) if leader else nullcontext():
+            encoder = None
+            if leader:
+                names, resolution, side, identity = _inspect(Path(source))
+                encoder = load_encoder(encoder_name, tokens_a_side or side, weights, place, PRECISIONS[precision])
+                manifest = features_manifest(
+                    names,
+                    resolution=resolution,
+                    tokens=encoder.tokens_a_side**2,
+                    width=encoder.width,
+                    dtype=dtype,
+                    encoder=encoder_name,
+                    weights_sha256=weights_sha256(encoder.vit),
+                    precision=precision,
+                    flip=flip,
+                    source_sha256=identity,
+                )
+                check_disk(Path(dest), manifest)
+                PackedJob.begin(dest, manifest, names)
+            processes.wait()
+            job = PackedJob.join(dest)
+            if job is not None:
+                side = round(job.manifest["tokens"] ** 0.5)
+                encoder = encoder or load_encoder(encoder_name, side, weights, place, PRECISIONS[precision])
+                encode_units(job, _images(Path(source), job), encoder, batch_size, num_workers, processes)
+            processes.wait()
+            if leader and job is not None:
+                job.finish(shard_rows)
+                print(f"{dest}: {describe_size(job.manifest)}")
+            elif leader:
+                print(f"{dest} is complete ({len(names)} images): nothing to do")
+
+
+def _inspect(source: Path) -> tuple[list[str], int, int, str]:
+    """Names of the images, their side in pixels, the tokens a side that latents of them have, and what identifies
+    them."""
+    if _is_packed(source):
+        data = PackedLatents(source)
+        if not data.has_images:
+            raise UserError(f"{source} holds no images: give the images, or encode it again with --images")
+        identity = [data.manifest["names"]["sha256"], *(shard["sha256"] for shard in data.manifest["image_shards"])]
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return data.names, data.manifest["resolution"], data.latent_shape[-1] // 2, digest
+    images = list_images(source)
+    resolution = images.read(0).shape[0]
+    if resolution % 16:
+        raise UserError(f"images are {resolution} pixels high, expected a multiple of 16: resize them (convert)")
+    return images.names, resolution, resolution // 16, source_sha256((images.store, images.names))
+
+
+def _is_packed(source: Path) -> bool:
+    try:
+        return "format" in json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _images(source: Path, job: PackedJob) -> Dataset:
+    if _is_packed(source):
+        return _PackedImages(PackedLatents(source))
+    return ImageBatches(FileStore(source), job.names, job.manifest["resolution"])
+
+
+class _PackedImages(Dataset):
+    """Batches of images, uint8 (B, H, W, 3), of packed latents."""
+
+    def __init__(self, data: PackedLatents) -> None:
+        self.data = data
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        return torch.from_numpy(self.data.gather_images(np.array(indices)))
+
+
+def describe_size(manifest: dict[str, Any]) -> str:
+    """What packed features of this manifest are, and how many gigabytes (10^9 bytes) they take."""
+    views = " and of its mirror image" if manifest["flip"] else ""
+    tokens = f"{manifest['tokens']} tokens of {manifest['width']} {manifest['dtype']}"
+    size = manifest["count"] * row_type(manifest).itemsize
+    return f"{manifest['count']} images, of each{views} {tokens}: {size / 1e9:.1f} GB"
+
+
+def check_disk(dest: Path, manifest: dict[str, Any]) -> None:
+    """Print what the features will take and what is free. Raises `UserError` if that is less than is to be written."""
+    if (dest / MANIFEST).is_file():
+        return
+    size = manifest["count"] * row_type(manifest).itemsize
+    written = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())
+    needed = max(0, size - written) + min(size, SHARD_BYTES)  # at the end one shard is there twice
+    free = shutil.disk_usage(next(place for place in (dest, *dest.absolute().parents) if place.is_dir())).free
+    print(f"{describe_size(manifest)}, {free / 1e9:.1f} GB free", flush=True)
+    if needed > free:
+        raise UserError(
+            f"{dest} needs {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free there: free space, choose an "
+            "encoder of fewer features, leave out --flip, or change --dest"
+        )
