@@ -178,7 +178,7 @@ def single_threaded(make: Callable[[int], Tensor], blocks: Sequence[int]) -> lis
         torch.set_num_threads(threads)
 
 
-def load_matching_vae(options: argparse.Namespace, metadata: dict[str, Any], device: torch.device):  # noqa: ANN201
+def load_matching_vae(options: argparse.Namespace, metadata: dict[str, Any], device: torch.device):
     """The VAE that the flags, else the checkpoint, name, and the SHA-256 of its weights.
 
     Raises:

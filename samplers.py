@@ -114,7 +114,7 @@ def time_grid(num_steps: int, shift: float, last: float | None = None) -> list[f
 def sde_schedule(
     num_steps: int, path_type: str, form: str = "linear", norm: float = 1.0, shift: float = 1.0
 ) -> tuple[list[float], list[float]]:
-    """The SDE's `num_steps` + 1 times, and w(t) = 2 norm form(t), the squared noise a unit of time, at all but the last.
+    """The SDE's `num_steps` + 1 times, and at all but the last w(t) = 2 norm form(t), the squared noise a unit of time.
 
     The steps have to follow the SDE even where the data do not vary at all. There the state is noise of standard
     deviation sigma, the drift is (sigma'/sigma + w / (2 sigma^2)) x, and a step dt multiplies x by 1 - c with

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FEATURES = {"evaluation.archives", "evaluation.features", "evaluation.statistics"}
 PREPROCESSING = {"models.vae", "models.ssl_encoders", "dataset", "file_layout", "preprocessing"} | FEATURES
 
-# Module or package -> the parts of the project it may import; `errors`, `files`, `flags` and `processes` are everybody's.
+# Module or package -> the parts of the project it may import. `errors`, `files`, `flags`, `processes` are everybody's.
 # A name allows what is inside.
 ALLOWED = {
     "errors": set(),
