@@ -14,9 +14,9 @@ decide, whatever the batch size, the number of processes, or which of the images
 import argparse
 import json
 import math
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ __all__ = ["LabeledImages", "Settings", "build_parser", "choose_labels", "genera
 VAES = {"ema": SD_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # the official names of --vae
 BLOCK_TOKENS = {"cuda": 8192, "cpu": 256}  # of a network call without guidance; with it, twice as many
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CIRCUMSTANCES = ("checkpoint", "vae", "command", "device")  # told in the record, but free to differ
+CIRCUMSTANCES = ("checkpoint", "autoguidance", "vae", "command", "device")  # told in the record, but free to differ
 
 
 class LabeledImages(NamedTuple):
@@ -270,8 +270,6 @@ def generate(options: argparse.Namespace) -> Path:
     labels = choose_labels(
         options.classes, in_blocks, config["num_classes"], metadata.get("class_counts"), settings.seed
     )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     vae, vae_sha256 = load_matching_vae(options, metadata, device)
     side = config["input_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
     if options.resolution not in (None, side):
@@ -279,29 +277,15 @@ def generate(options: argparse.Namespace) -> Path:
             f"--resolution {options.resolution}, but {options.ckpt} makes images of {side} px: drop the flag"
         )
     record = {
-        "checkpoint": str(options.ckpt),
-        "checkpoint_sha256": file_sha256(checkpoints.file_of(options.ckpt)),
-        "checkpoint_metadata": metadata,
-        "architecture": config,
-        "autoguidance": guide_checkpoint
-        and {
-            "checkpoint": str(options.autoguidance_ckpt),
-            "checkpoint_sha256": file_sha256(checkpoints.file_of(options.autoguidance_ckpt)),
-            "architecture": guide_checkpoint.config,
-        },
+        **describe_sources(options, checkpoint, guide_checkpoint),
         "settings": settings._asdict(),
         "classes": options.classes,
         "images": count,
         "resolution": side,
         "vae": vae.config._name_or_path,
         "vae_sha256": vae_sha256,
-        "tf32": options.tf32,
-        "compile": options.compile,
+        **describe_machine(options, device),
         "block_size": block_size,
-        "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
         "command": options.command,
     }
     npz = options.sample_dir / f"{options.name or default_name(options, settings, metadata)}.npz"
@@ -328,7 +312,7 @@ def generate(options: argparse.Namespace) -> Path:
         batches = generate_images(
             model, lambda z: decode(vae, z), labels, settings, mine, options.per_proc_batch_size, guide
         )
-        with reported_by_any_process(process.process_index):
+        with reported_by_any_process(process.process_index), arithmetic(options.tf32):
             write_batches(samples, batches, len(mine), shows_progress=process.is_main_process)
         process.wait_for_everyone()
         if process.is_main_process:
@@ -348,6 +332,52 @@ def generate(options: argparse.Namespace) -> Path:
         process.wait_for_everyone()
     samples.close()
     return npz
+
+
+def describe_sources(
+    options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, guide: checkpoints.Checkpoint | None
+) -> dict[str, Any]:
+    """The networks' part of the record."""
+    sources = {
+        "checkpoint": str(options.ckpt),
+        "checkpoint_sha256": file_sha256(checkpoints.file_of(options.ckpt)),
+        "checkpoint_metadata": checkpoint.metadata,
+        "architecture": checkpoint.config,
+    }
+    if guide is not None:
+        sources |= {
+            "autoguidance": str(options.autoguidance_ckpt),
+            "autoguidance_sha256": file_sha256(checkpoints.file_of(options.autoguidance_ckpt)),
+            "autoguidance_architecture": guide.config,
+        }
+    else:
+        sources["autoguidance_sha256"] = None
+    return sources
+
+
+def describe_machine(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What decides the rounding, as the record tells it: the kind of device, versions, arithmetic."""
+    is_cuda = device.type == "cuda"
+    return {
+        "device_type": device.type,
+        "device": torch.cuda.get_device_name(device) if is_cuda else torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "tf32": options.tf32,
+        "compile": options.compile,
+    }
+
+
+@contextmanager
+def arithmetic(tf32: bool) -> Iterator[None]:
+    """TF32 matrix products or not, and convolutions that repeat; afterwards as before, for whoever evaluates next."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = tf32, tf32, True, False
+    try:
+        yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 def load_network(checkpoint: checkpoints.Checkpoint, name: str, device: torch.device, compiled: bool) -> DeepFlow:

@@ -255,6 +255,36 @@ def test_mode_solver_and_heun_together_name_a_sampler(flags, method):
     assert generate.parse_options(["--ckpt", "c", *flags.split()]).method == method
 
 
+def test_generate_is_a_function_that_leaves_no_trace(run, tmp_path):
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    flags = ["--num-fid-samples", "3", "--num-steps", "2", "--sample-dir", str(tmp_path), "--no-tf32"]
+    npz = generate.generate(generate.parse_options(["--ckpt", str(run), *flags]))
+    assert npz.parent == tmp_path and np.load(npz)["arr_0"].shape == (3, 32, 32, 3)
+    assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == (threads, tf32)
+
+
+def test_a_moved_checkpoint_is_the_same_and_another_is_not(monkeypatch, run, tmp_path, capsys):
+    command(monkeypatch, run, tmp_path)
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes((run / "ema.safetensors").read_bytes())
+    command(monkeypatch, run, tmp_path, "--ckpt", str(moved))
+    assert "made already" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, run, tmp_path, "--ckpt", str(run / "weak.safetensors"))
+    assert "was made with checkpoint_sha256" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_are_one_line_before_anything_is_written(monkeypatch, run, tmp_path, capsys):
+    whole = (run / "ema.safetensors").read_bytes()
+    for name, content in {"cut.safetensors": whole[:-100], "cut.pt": b"PK" + whole[:500], "empty.pt": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match="2"):
+            command(monkeypatch, run, tmp_path / "out", "--ckpt", str(tmp_path / name))
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and f"{name} is damaged" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_png_folder_holds_the_samples(monkeypatch, run, tmp_path):
     command(monkeypatch, run, tmp_path, "--no-grid")
     assert not (tmp_path / "x.png").exists()
