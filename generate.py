@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import samplers
 from errors import UserError, exits_on_user_error
-from files import file_sha256, write_text
+from files import write_text
 from generation.labels import choose_labels
 from generation.options import (
     Settings,
@@ -38,6 +38,7 @@ from generation.options import (
     settings_of,
 )
 from generation.pictures import save_grid, save_pngs
+from generation.record import describe_machine, describe_sources, read_record, require_same
 from generation.sample_file import SampleFile
 from models import DeepFlow, checkpoints
 from models.vae import SD_VAE, decode, load_vae, weights_sha256
@@ -48,7 +49,6 @@ __all__ = ["LabeledImages", "Settings", "build_parser", "choose_labels", "genera
 VAES = {"ema": SD_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # the official names of --vae
 BLOCK_TOKENS = {"cuda": 8192, "cpu": 256}  # of a network call without guidance; with it, twice as many
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CIRCUMSTANCES = ("checkpoint", "autoguidance", "vae", "command", "device")  # told in the record, but free to differ
 
 
 class LabeledImages(NamedTuple):
@@ -222,31 +222,6 @@ def read_guide(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint) 
     return guide
 
 
-def require_same(record: dict[str, Any], found: dict[str, Any], path: Path, overwrite: bool) -> bool:
-    """Whether what stands at `path`, made as `found` tells, is what `record` asks for.
-
-    Raises:
-        UserError: if it is not and may not be replaced, naming the first difference.
-    """
-    record = json.loads(json.dumps(record))
-    different = [key for key in record if key not in CIRCUMSTANCES and found.get(key) != record[key]]
-    if different and not overwrite:
-        key = different[0]
-        raise UserError(
-            f"{path} was made with {key} {found.get(key, 'unknown')}, now it is {record[key]}: "
-            "choose another --name, or --overwrite"
-        )
-    return not different
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The record beside finished samples; empty if there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def generate(options: argparse.Namespace) -> Path:
     """Make the samples that `options` (of `parse_options`) describe, alone or as one of several processes.
 
@@ -332,40 +307,6 @@ def generate(options: argparse.Namespace) -> Path:
         process.wait_for_everyone()
     samples.close()
     return npz
-
-
-def describe_sources(
-    options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, guide: checkpoints.Checkpoint | None
-) -> dict[str, Any]:
-    """The networks' part of the record."""
-    sources = {
-        "checkpoint": str(options.ckpt),
-        "checkpoint_sha256": file_sha256(checkpoints.file_of(options.ckpt)),
-        "checkpoint_metadata": checkpoint.metadata,
-        "architecture": checkpoint.config,
-    }
-    if guide is not None:
-        sources |= {
-            "autoguidance": str(options.autoguidance_ckpt),
-            "autoguidance_sha256": file_sha256(checkpoints.file_of(options.autoguidance_ckpt)),
-            "autoguidance_architecture": guide.config,
-        }
-    else:
-        sources["autoguidance_sha256"] = None
-    return sources
-
-
-def describe_machine(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What decides the rounding, as the record tells it: the kind of device, versions, arithmetic."""
-    is_cuda = device.type == "cuda"
-    return {
-        "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if is_cuda else torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "tf32": options.tf32,
-        "compile": options.compile,
-    }
 
 
 @contextmanager
