@@ -47,7 +47,7 @@ def test_eval_says_in_one_line_that_there_is_no_checkpoint(tmp_path):
     )
 
 
-@pytest.mark.parametrize("size", ["small", "base", "large", "xlarge"])
+@pytest.mark.parametrize("size", ["small", "xlarge"])
 def test_eval_fails_when_sampling_fails(run, tmp_path, size):  # noqa: F811
     environment = dict(CKPT=str(run / "ema.safetensors"), REF=str(run / "ema.safetensors"))
     done = bash(f"script/{size}/eval.sh", "--num-classes", 7, "--sample-dir", tmp_path / "none", **environment)
