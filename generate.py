@@ -3,45 +3,52 @@
     python generate.py --ckpt runs/my-run/ema.safetensors --num-fid-samples 50000 --cfg-scale 1.325
     accelerate launch generate.py ...            # the same images, on all GPUs
 
-The architecture, the path and the VAE are read from the checkpoint. Image i depends on the seed and i alone (with
-dopri5, on its batch too).
+The architecture, the path and the VAE are read from the checkpoint. The same command continues an interrupted run.
+
+Image i is a function of the seed and i alone, to the byte, on one kind of device with one version of torch. Matrix
+products round differently at other batch shapes, and an adaptive solver's step size is shared by what it solves
+together; so images are always made in aligned blocks of one size, which only the architecture and the type of device
+decide, whatever the batch size, the number of processes, or which of the images are wanted.
 """
 
 import argparse
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
 import samplers
-from errors import OneLineParser, UserError, exits_on_user_error
-from files import file_sha256, write_text, written_aside
-from interpolant import PATHS
+from errors import UserError, exits_on_user_error
+from files import write_text
+from generation.labels import choose_labels
+from generation.options import (
+    Settings,
+    build_parser,
+    default_name,
+    parse_options,
+    read_checkpoint,
+    settings_of,
+)
+from generation.pictures import save_grid, save_pngs
+from generation.record import describe_machine, describe_sources, read_record, require_same
+from generation.sample_file import SampleFile
 from models import DeepFlow, checkpoints
 from models.vae import SD_VAE, decode, load_vae, weights_sha256
-from processes import join_processes
+from processes import join_processes, reported_by_any_process
+
+__all__ = ["LabeledImages", "Settings", "build_parser", "choose_labels", "generate", "generate_images", "parse_options"]
 
 VAES = {"ema": SD_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # the official names of --vae
-
-
-class Settings(NamedTuple):
-    """What, besides the network, decides an image."""
-
-    method: str = "sde"  # sde, euler, heun or dopri5
-    num_steps: int = 250
-    cfg_scale: float = 1.0
-    guidance_low: float = 0.0
-    guidance_high: float = 1.0
-    path_type: str = "linear"
-    seed: int = 0
+BLOCK_TOKENS = {"cuda": 8192, "cpu": 256}  # of a network call without guidance; with it, twice as many
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LabeledImages(NamedTuple):
@@ -52,6 +59,12 @@ class LabeledImages(NamedTuple):
     images: Tensor  # (N, H, W, 3) uint8, on the CPU
 
 
+def images_per_block(config: dict[str, Any], device_type: str) -> int:
+    """How many images are made together, as one block: block b is images [b C, (b + 1) C)."""
+    tokens = (config["input_size"] // config["patch_size"]) ** 2
+    return max(1, BLOCK_TOKENS[device_type] // tokens)
+
+
 def generate_images(
     model: DeepFlow,
     decode_latents: Callable[[Tensor], Tensor],
@@ -59,303 +72,285 @@ def generate_images(
     settings: Settings,
     indices: Sequence[int],
     batch_size: int,
+    guide: DeepFlow | None = None,
 ) -> Iterator[LabeledImages]:
-    """The images with the given global numbers, batch by batch.
+    """The images with the given global numbers, in ascending order, batch by batch.
+
+    A block is made whole even where only some of its images are wanted: see `images_per_block`. On the CPU, blocks of
+    a batch are made side by side, each by one thread: the number of threads changes the rounding too.
 
     Args:
         model: the network, in evaluation mode, on the device to sample on.
-        decode_latents: latents (N, C, h, w) -> uint8 images (N, H, W, 3).
-        labels: class id of every global image number, (total,).
-        settings: sampler, guidance and seed.
-        indices: which of the images to make.
-        batch_size: images sampled at once; no influence on the images beyond the rounding of matrix products, except
-            with dopri5, whose step size a batch shares.
+        decode_latents: latents (N, C, h, w) -> uint8 images (N, H, W, 3), N being that of a block.
+        labels: class id of every global image number, (total,). If the total ends inside a block, its remaining
+            images, which are not returned, get the first labels again.
+        settings: sampler, guidance, precision and seed.
+        indices: which of the images to make, in any order.
+        batch_size: images made and returned together, rounded up to whole blocks; no influence on the images.
+        guide: the weaker network of autoguidance, on the same device; None for classifier-free guidance.
 
     Raises:
         UserError: if samples are not finite.
+        IndexError: for an image number without a label.
     """
+    wanted = sorted({int(i) for i in indices})
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < len(labels):
+        raise IndexError(f"images {wanted[0]} to {wanted[-1]} are wanted, but there are {len(labels)} labels")
+    device = model.pos_embed.device
+    size = images_per_block(model.config, device.type)
+    labels = np.resize(labels, math.ceil(len(labels) / size) * size)
+    blocks = sorted({i // size for i in wanted})
+    at_once = math.ceil(batch_size / size)
+
+    def make(block: int) -> Tensor:
+        return make_block(model, decode_latents, labels, settings, range(block * size, (block + 1) * size), guide)
+
+    for first in range(0, len(blocks), at_once):
+        group = blocks[first : first + at_once]
+        images = torch.cat(single_threaded(make, group) if device.type == "cpu" else [make(block) for block in group])
+        numbers = [i for block in group for i in range(block * size, (block + 1) * size)]
+        rows = np.flatnonzero(np.isin(numbers, wanted))
+        batch = [numbers[row] for row in rows]
+        yield LabeledImages(batch, torch.from_numpy(labels[batch]), images[rows])
+
+
+def make_block(
+    model: DeepFlow,
+    decode_latents: Callable[[Tensor], Tensor],
+    labels: np.ndarray,
+    settings: Settings,
+    numbers: range,
+    guide: DeepFlow | None,
+) -> Tensor:
+    """The images of one block, (N, H, W, 3) uint8, on the CPU; see `generate_images`."""
     device = model.pos_embed.device
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
-    for first in range(0, len(indices), batch_size):
-        batch = list(indices[first : first + batch_size])
-        y = torch.from_numpy(labels[batch]).to(device)
-        noise = samplers.ImageNoise(settings.seed, batch, shape)
-        velocity = samplers.classifier_free_guidance(
-            model.velocity,
-            y,
-            model.num_classes,
-            settings.cfg_scale,
-            settings.guidance_low,
-            settings.guidance_high,
-        )
-        with torch.inference_mode():
+    y = torch.from_numpy(labels[numbers.start : numbers.stop]).to(device)
+    noise = samplers.ImageNoise(settings.seed, numbers, shape)
+    interval = (settings.cfg_scale, settings.guidance_low, settings.guidance_high)
+    if guide is None:
+        velocity = samplers.classifier_free_guidance(velocity_of(model), y, model.num_classes, *interval)
+    else:
+        velocity = samplers.autoguidance(velocity_of(model), velocity_of(guide), y, *interval)
+
+    def draw(_: int = 0) -> Tensor:
+        drawn = noise.draw()  # from pinned memory the copy does not make the host wait for the device
+        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
+
+    with torch.inference_mode():
+        # Around all steps: autocast keeps the weights it has cast until its end.
+        dtype = PRECISIONS.get(settings.precision)
+        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             latents = samplers.sample(
                 velocity,
-                noise.draw().to(device),
+                draw(),
                 method=settings.method,
                 num_steps=settings.num_steps,
                 path_type=settings.path_type,
-                step_noise=lambda _, noise=noise: noise.draw(),
+                step_noise=draw,
+                diffusion_form=settings.diffusion_form,
+                diffusion_norm=settings.diffusion_norm,
+                time_shift=settings.time_shift,
             )
-            if not latents.isfinite().all():
-                raise UserError("the network's samples are not finite: the checkpoint is of a run that diverged")
-            yield LabeledImages(batch, y.cpu(), decode_latents(latents.float()).cpu())
+        if not latents.isfinite().all():
+            raise UserError("the network's samples are not finite: the checkpoint is of a run that diverged")
+        return decode_latents(latents.float()).cpu()
 
 
-def choose_labels(
-    classes: str, count: int, num_classes: int, class_counts: Sequence[int] | None, seed: int
-) -> np.ndarray:
-    """Class ids, (count,), each a function of the seed and the image number.
+def velocity_of(model: DeepFlow) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`model.velocity(x, t, y)` for times (N,) on the CPU that are all equal, as samplers hand them over."""
 
-    Args:
-        classes: `random` (uniform), `data` (random, as frequent as in the training data), `balanced` (one class after
-            the other), or a list of ids to cycle through.
-        count: how many.
-        num_classes: the ids are 0 to num_classes - 1.
-        class_counts: images of each class in the training data, if known.
-        seed: of the random choices.
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        # Filled on the device: a copy to it would make the host wait for the device at every call.
+        return model.velocity(x, torch.full_like(t, t[0].item(), device=x.device), y)
 
-    Raises:
-        UserError: for a list with anything but class ids, and `data` where the counts are not known.
-    """
-    if classes == "balanced":
-        return np.arange(count) % num_classes
-    if classes in ("random", "data"):
-        if classes == "data" and class_counts is None:
-            raise UserError("--classes data: the checkpoint does not tell how frequent its classes are; give random")
-        weights = np.ones(num_classes) if classes == "random" else np.asarray(class_counts, dtype=np.float64)
-        edges = np.cumsum(weights) / weights.sum()
-        # A stream apart from the image's noise: the top word of the counter, which noise never reaches.
-        streams = (np.random.Philox(key=[seed, i], counter=[0, 0, 0, 1]) for i in range(count))
-        uniforms = np.array([np.random.Generator(stream).random() for stream in streams])
-        return np.searchsorted(edges, uniforms, side="right").clip(max=num_classes - 1)
-    words = classes.replace(",", " ").split()
-    if not words or any(not word.isdecimal() or int(word) >= num_classes for word in words):
-        ids = f"class ids in 0..{num_classes - 1} such as 0,{num_classes - 1}"
-        raise UserError(f"--classes {classes!r}: give random, data, balanced, or {ids}")
-    return np.resize([int(word) for word in words], count)
+    return velocity
 
 
-def pack_npz(rows: Path, labels: np.ndarray, npz: Path) -> None:
-    """Turn the `.npy` of images at `rows` into `npz` with `arr_0` (images) and `arr_1` (labels), without loading it."""
-    with written_aside(npz) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
-        archive.write(rows, "arr_0.npy")
-        with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, labels, allow_pickle=False)
-    rows.unlink()
+def single_threaded(make: Callable[[int], Tensor], blocks: Sequence[int]) -> list[Tensor]:
+    """`make` of each block, each within one thread, as many at once as torch had threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, len(blocks)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(make, blocks))
+    finally:
+        torch.set_num_threads(threads)
 
 
-def save_grid(images: np.ndarray, labels: np.ndarray, names: Sequence[str], png: Path, per_class: int = 10) -> None:
-    """A picture with one row a class, for up to ten classes: its name and its first images.
-
-    Args:
-        images: uint8, (N, H, W, 3); only the rows shown are read.
-        labels: class ids, (N,).
-        names: class names by id; the id stands in for a missing name.
-        png: where to write.
-        per_class: images in a row.
-    """
-    classes = np.unique(labels)[:10]
-    rows = [np.flatnonzero(labels == label)[:per_class] for label in classes]
-    side, text_width = images.shape[1], 150
-    picture = Image.new("RGB", (text_width + side * max(map(len, rows)), side * len(rows)), "white")
-    draw = ImageDraw.Draw(picture)
-    for row, (label, members) in enumerate(zip(classes, rows, strict=True)):
-        name = names[label] if label < len(names) else f"class {label}"
-        draw.text((6, row * side + side // 2), name, fill="black", anchor="lm")
-        for column, i in enumerate(members):
-            picture.paste(Image.fromarray(images[i]), (text_width + column * side, row * side))
-    with written_aside(png) as aside:
-        picture.save(aside, format="png")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; names and meanings are the official release's."""
-    parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, boolean = parser.add_argument, argparse.BooleanOptionalAction
-    add("--ckpt", required=True, help="checkpoint: a .safetensors, a folder with ema.safetensors, an official .pt")
-    add("--num-fid-samples", type=int, default=50_000, help="images to make")
-    add("--per-proc-batch-size", type=int, default=64, help="images sampled at once on each device")
-    add("--classes", default="random", help="labels: random, data, balanced, or ids to cycle such as 3,7")
-    add("--mode", choices=["sde", "ode"], default="sde", help="sampler: Euler-Maruyama, or the probability-flow ODE")
-    add("--solver", choices=["euler", "heun", "dopri5"], default="euler", help="solver of --mode ode")
-    add("--heun", action="store_true", help="the same as --solver heun")
-    add("--num-steps", type=int, default=250, help="sampling steps; dopri5 chooses its own")
-    add("--cfg-scale", type=float, default=1.0, help="classifier-free guidance scale; 1 is none")
-    add("--guidance-low", type=float, default=0.0, help="lowest guided time, in [0, 1]")
-    add("--guidance-high", type=float, default=1.0, help="highest guided time, in [0, 1]; 1 is noise")
-    add("--path-type", choices=list(PATHS), help="path of the checkpoint, if it does not tell (default: linear)")
-    add("--resolution", type=int, help="image side in pixels, checked against the checkpoint")
-    add("--vae", help="ema, mse, a local folder or a hub name (default: the checkpoint's, else ema)")
-    add("--global-seed", type=int, default=0, help="seed of labels and noise, below 2^64")
-    add("--tf32", action=boolean, default=True, help="TF32 matrix products on GPUs that have them")
-    add("--sample-dir", type=Path, default=Path("samples"), help="folder of the results")
-    add("--name", help="name of the results (default: from the checkpoint and the settings)")
-    add("--overwrite", action="store_true", help="replace results of that name that were made otherwise")
-    return parser
-
-
-def settings_of(args: argparse.Namespace, metadata: dict[str, Any]) -> Settings:
-    """The sampler's settings, checked.
-
-    Raises:
-        UserError: for values out of range, and a path that is not the checkpoint's.
-    """
-    if args.heun:
-        args.mode, args.solver = "ode", "heun"
-    for flag, value, low in [
-        ("--num-fid-samples", args.num_fid_samples, 1),
-        ("--per-proc-batch-size", args.per_proc_batch_size, 1),
-        ("--num-steps", args.num_steps, 2 if args.mode == "sde" else 1),
-        ("--global-seed", args.global_seed, 0),
-    ]:
-        if not low <= value < 2**64:
-            raise UserError(f"{flag} is {value}: give at least {low}, below 2^64")
-    if not math.isfinite(args.cfg_scale):
-        raise UserError(f"--cfg-scale is {args.cfg_scale}: give a number")
-    if args.name is not None and set(args.name) & set("/\\"):
-        raise UserError(f"--name {args.name!r}: give a name without folders; --sample-dir is the folder")
-    if not 0 <= args.guidance_low <= args.guidance_high <= 1:
-        raise UserError(
-            f"--guidance-low {args.guidance_low} and --guidance-high {args.guidance_high}: "
-            "they must be ordered and lie in [0, 1]"
-        )
-    trained_on = metadata.get("path_type", args.path_type or "linear")
-    if args.path_type not in (None, trained_on):
-        raise UserError(
-            f"--path-type {args.path_type}, but {args.ckpt} was trained on the {trained_on} path: drop the flag"
-        )
-    return Settings(
-        method="sde" if args.mode == "sde" else args.solver,
-        num_steps=args.num_steps,
-        cfg_scale=args.cfg_scale,
-        guidance_low=args.guidance_low,
-        guidance_high=args.guidance_high,
-        path_type=trained_on,
-        seed=args.global_seed,
-    )
-
-
-def load_matching_vae(args: argparse.Namespace, metadata: dict[str, Any], device: torch.device):  # noqa: ANN201
+def load_matching_vae(options: argparse.Namespace, metadata: dict[str, Any], device: torch.device):
     """The VAE that the flags, else the checkpoint, name, and the SHA-256 of its weights.
 
     Raises:
         UserError: if it cannot be had, or has other weights or another scale than the checkpoint was trained with.
     """
-    name = args.vae or metadata.get("vae", "ema")
+    name = options.vae or metadata.get("vae", "ema")
     vae = load_vae(VAES.get(name, name), device)
     checksum = weights_sha256(vae)
     if metadata.get("vae_sha256") not in (None, checksum):
-        raise UserError(f"VAE {name} is not the one {args.ckpt} was trained with: give that one with --vae")
+        raise UserError(f"VAE {name} is not the one {options.ckpt} was trained with: give that one with --vae")
     scaling = metadata.get("scaling_factor", vae.config.scaling_factor)
     if not np.isclose(scaling, vae.config.scaling_factor):
         raise UserError(
-            f"VAE {name} scales latents by {vae.config.scaling_factor:.5g}, but {args.ckpt} was trained "
+            f"VAE {name} scales latents by {vae.config.scaling_factor:.5g}, but {options.ckpt} was trained "
             f"on a scale of {scaling:.5g}: give the VAE of the training data with --vae"
         )
     return vae, checksum
 
 
-def require_same(record: dict[str, Any], made: Path, overwrite: bool) -> bool:
-    """Whether results stand already under a record equal to `record`, so that nothing is left to do.
+def read_guide(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint | None:
+    """The checkpoint of autoguidance, if one is asked for.
 
     Raises:
-        UserError: if other results stand there and may not be replaced, naming the first difference.
+        UserError: if it is missing, damaged, or of other latents, classes or another path than the one it guides.
     """
-    npz = made.with_suffix(".npz")
-    if not npz.exists():
-        return False
-    try:
-        found = json.loads(made.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    different = [key for key in record if found.get(key) != record[key]]
-    if different and not overwrite:
-        key = different[0]
+    if not options.autoguidance_ckpt:
+        return None
+    guide = checkpoints.read(options.autoguidance_ckpt)
+    for name in ("in_channels", "input_size", "num_classes"):
+        if guide.config[name] != checkpoint.config[name]:
+            raise UserError(
+                f"--autoguidance-ckpt {options.autoguidance_ckpt} has {name} {guide.config[name]}, but {options.ckpt} "
+                f"has {checkpoint.config[name]}: give a checkpoint of the same kind"
+            )
+    paths = [c.metadata.get("path_type", options.path_type or "linear") for c in (guide, checkpoint)]
+    if paths[0] != paths[1]:
         raise UserError(
-            f"{npz} was made with {key} {found.get(key, 'unknown')}, now it is {record[key]}: "
-            "choose another --name, or --overwrite"
+            f"--autoguidance-ckpt {options.autoguidance_ckpt} was trained on the {paths[0]} path, but {options.ckpt} "
+            f"on the {paths[1]} path: give a checkpoint of the same path"
         )
-    return not different
+    return guide
 
 
-def default_name(args: argparse.Namespace, settings: Settings, metadata: dict[str, Any]) -> str:
-    """A file name that tells the results of one checkpoint apart."""
-    path = checkpoints.file_of(args.ckpt).resolve()
-    folders = [folder.name for folder in path.parents if folder.name != "checkpoints" and folder.name[:5] != "step-"]
-    run = folders[0] if path.name == checkpoints.EMA_NAME else path.stem
-    steps = "" if settings.method == "dopri5" else f"{settings.num_steps}"
-    parts = [run, f"step{metadata['step']}" if "step" in metadata else "", settings.method + steps]
-    if settings.cfg_scale != 1:
-        parts.append(f"cfg{settings.cfg_scale:g}-from{settings.guidance_low:g}-to{settings.guidance_high:g}")
-    parts += [args.classes.replace(",", "+").replace(" ", "+"), f"n{args.num_fid_samples}", f"seed{settings.seed}"]
-    return "-".join(part for part in parts if part)
+def generate(options: argparse.Namespace) -> Path:
+    """Make the samples that `options` (of `parse_options`) describe, alone or as one of several processes.
 
+    Returns:
+        the finished `.npz`, which is there when any process returns.
 
-def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
-
-
-def generate(args: argparse.Namespace) -> Path:
-    checkpoint = checkpoints.read(args.ckpt)
-    settings = settings_of(args, checkpoint.metadata)
-    num_classes, class_counts = checkpoint.config["num_classes"], checkpoint.metadata.get("class_counts")
-    labels = choose_labels(args.classes, args.num_fid_samples, num_classes, class_counts, settings.seed)
-    npz = args.sample_dir / f"{args.name or default_name(args, settings, checkpoint.metadata)}.npz"
-
+    Raises:
+        UserError: for a checkpoint, VAE or flags that do not fit, before anything is written; for samples that are not
+            finite; for a disk that does not take them.
+    """
+    # ---- 1. What there is to make; nothing is written --------------------------------------------------------------
+    checkpoint = read_checkpoint(options)
+    settings, metadata, config = settings_of(options, checkpoint.metadata), checkpoint.metadata, checkpoint.config
+    guide_checkpoint = read_guide(options, checkpoint)
     process = join_processes()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    vae, vae_sha256 = load_matching_vae(args, checkpoint.metadata, process.device)
-    side = checkpoint.config["input_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
-    if args.resolution not in (None, side):
-        raise UserError(f"--resolution {args.resolution}, but {args.ckpt} makes images of {side} px: drop the flag")
+    device, count = process.device, options.num_fid_samples
+    if settings.precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU and this run is on the CPU: choose bf16 or no")
+    block_size = images_per_block(config, device.type)
+    in_blocks = math.ceil(count / block_size) * block_size
+    labels = choose_labels(
+        options.classes, in_blocks, config["num_classes"], metadata.get("class_counts"), settings.seed
+    )
+    vae, vae_sha256 = load_matching_vae(options, metadata, device)
+    side = config["input_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
+    if options.resolution not in (None, side):
+        raise UserError(
+            f"--resolution {options.resolution}, but {options.ckpt} makes images of {side} px: drop the flag"
+        )
     record = {
-        "checkpoint": str(args.ckpt),
-        "checkpoint_sha256": file_sha256(checkpoints.file_of(args.ckpt)),
-        "checkpoint_metadata": checkpoint.metadata,
-        "architecture": checkpoint.config,
+        **describe_sources(options, checkpoint, guide_checkpoint),
         "settings": settings._asdict(),
-        "classes": args.classes,
-        "images": args.num_fid_samples,
+        "classes": options.classes,
+        "images": count,
+        "resolution": side,
         "vae": vae.config._name_or_path,
         "vae_sha256": vae_sha256,
-        "torch": torch.__version__,
+        **describe_machine(options, device),
+        "block_size": block_size,
+        "command": options.command,
     }
-    if require_same(record, npz.with_suffix(".json"), args.overwrite):
+    npz = options.sample_dir / f"{options.name or default_name(options, settings, metadata)}.npz"
+    samples = SampleFile(npz, (count, side, side, 3), block_size)
+    made = npz.exists() and require_same(record, read_record(npz.with_suffix(".json")), npz, options.overwrite)
+    begun = None if made else samples.begun()
+    goes_on = begun is not None and require_same(record, begun, samples.part, options.overwrite)
+    if not made:
+        model = load_network(checkpoint, options.ckpt, device, options.compile)
+        guide = guide_checkpoint and load_network(guide_checkpoint, options.autoguidance_ckpt, device, options.compile)
+    process.wait_for_everyone()  # all have seen what stands there before one of them changes it
+
+    # ---- 2. The blocks that are missing, each process its share ----------------------------------------------------
+    if made:
         if process.is_main_process:
-            print(f"made already with these settings: nothing to do\nsamples: {npz}")
-        return npz
-    model = checkpoints.build(checkpoint, args.ckpt).to(process.device)
+            print("made already with these settings: nothing to do")
+    else:
+        if process.is_main_process and (not goes_on or samples.is_cut_off()):
+            options.sample_dir.mkdir(parents=True, exist_ok=True)
+            samples.begin(record)
+        process.wait_for_everyone()
+        mine = samples.indices(samples.missing()[process.process_index :: process.num_processes])
+        process.wait_for_everyone()  # all have seen what is missing before one of them makes any of it
+        batches = generate_images(
+            model, lambda z: decode(vae, z), labels, settings, mine, options.per_proc_batch_size, guide
+        )
+        with reported_by_any_process(process.process_index), arithmetic(options.tf32):
+            write_batches(samples, batches, len(mine), shows_progress=process.is_main_process)
+        process.wait_for_everyone()
+        if process.is_main_process:
+            samples.complete(labels[:count])
+            npz.unlink(missing_ok=True)  # never older images beside a newer record
+            write_text(npz.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+            samples.publish()
+        process.wait_for_everyone()
 
-    # Each process writes its images straight into their rows of one file on disk: no process holds them all.
-    rows = npz.with_suffix(".npy.part")
-    if process.is_main_process:
-        args.sample_dir.mkdir(parents=True, exist_ok=True)
-        shape = (args.num_fid_samples, side, side, 3)
-        np.lib.format.open_memmap(rows, mode="w+", dtype=np.uint8, shape=shape).flush()
-    process.wait_for_everyone()
-    images = np.lib.format.open_memmap(rows, mode="r+")
-    mine = range(process.process_index, args.num_fid_samples, process.num_processes)
-    with tqdm(total=len(mine), unit="image", disable=not process.is_main_process) as bar:
-        for batch in generate_images(model, lambda z: decode(vae, z), labels, settings, mine, args.per_proc_batch_size):
-            images[batch.indices] = batch.images.numpy()
-            bar.update(len(batch.indices))
-    images.flush()
-    process.wait_for_everyone()
-
-    if process.is_main_process:
-        save_grid(images, labels, checkpoint.metadata.get("class_names", []), npz.with_suffix(".png"))
-        npz.unlink(missing_ok=True)  # never older images beside a newer record
-        write_text(npz.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
-        pack_npz(rows, labels, npz)
-        print(f"grid {npz.with_suffix('.png')}, settings {npz.with_suffix('.json')}\nsamples: {npz}")
-    process.wait_for_everyone()
+    # ---- 3. Pictures -----------------------------------------------------------------------------------------------
+    samples.use_finished()
+    grid = npz.with_suffix(".png")
+    if process.is_main_process and options.grid and not (made and grid.exists()):
+        save_grid(samples.read, labels[:count], metadata.get("class_names", []), grid)
+    if options.png:
+        save_pngs(samples, range(process.process_index, count, process.num_processes), npz.with_suffix(""))
+        process.wait_for_everyone()
+    samples.close()
     return npz
+
+
+@contextmanager
+def arithmetic(tf32: bool) -> Iterator[None]:
+    """TF32 matrix products or not, and convolutions that repeat; afterwards as before, for whoever evaluates next."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = tf32, tf32, True, False
+    try:
+        yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+
+
+def load_network(checkpoint: checkpoints.Checkpoint, name: str, device: torch.device, compiled: bool) -> DeepFlow:
+    """The network of a checkpoint on a device, its transformer blocks compiled on request (they are all alike)."""
+    model = checkpoints.build(checkpoint, name).to(device)
+    if compiled:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    return model
+
+
+def write_batches(samples: SampleFile, batches: Iterator[LabeledImages], total: int, shows_progress: bool) -> None:
+    """Write batches into the file of samples, each while the next is being made."""
+    with ThreadPoolExecutor(1) as writer, tqdm(total=total, unit="image", disable=not shows_progress) as bar:
+        writing = None
+        for batch in batches:
+            if writing:
+                writing.result()
+            writing = writer.submit(samples.write, batch.indices, batch.images.numpy())
+            bar.update(len(batch.indices))
+        if writing:
+            writing.result()
+    samples.close()
 
 
 @exits_on_user_error
 def main() -> None:
-    generate(parse_options())
+    """The command line: exit code 0 when the samples are there, 2 on a mistake. The last line names them."""
+    options = parse_options()
+    npz = generate(options)
+    if join_processes().is_main_process:
+        print(f"settings: {npz.with_suffix('.json')}\nsamples: {npz}")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,28 @@ no labels and no networks. The state is kept in float64; the velocity sees it in
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from errors import UserError
-from interpolant import score_from_velocity
+from interpolant import PATHS, score_from_velocity
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
-METHODS = ("sde", "euler", "heun", "dopri5")
+METHODS = ("sde", "sde-heun", "euler", "heun", "dopri5")
 SDE_LAST_TIME = 0.04  # where the SDE's noise ends; one deterministic step covers the rest
+
+# w(t) = 2 norm form(t) by (t, sigma). SiT's names, in our time; its SBDM is left out: infinite at t = 1 on either path.
+DIFFUSION_FORMS: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda t, sigma: t,  # the paper's
+    "sigma": lambda t, sigma: sigma,
+    "constant": lambda t, sigma: 1.0,
+    "decreasing": lambda t, sigma: math.sin(0.5 * math.pi * t) ** 4,
+    "increasing-decreasing": lambda t, sigma: math.sin(math.pi * t) ** 2,
+}
 
 
 def sample(
@@ -29,84 +39,172 @@ def sample(
     num_steps: int = 250,
     path_type: str = "linear",
     step_noise: Callable[[int], Tensor] | None = None,
+    diffusion_form: str = "linear",
+    diffusion_norm: float = 1.0,
+    time_shift: float = 1.0,
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Tensor:
     """Integrate from `noise` (N, ...) at t = 1 to data at t = 0; returns float64 of the same shape.
 
     Args:
-        velocity: the velocity function, called `num_steps` times (`heun`: 2 num_steps - 1; `dopri5`: as needed).
+        velocity: the velocity function, called `num_steps` times (the Heun methods: 2 num_steps - 1; `dopri5`: as
+            needed).
         noise: the initial state, N(0, I); its dtype is the one in which `velocity` is called.
-        method: `sde` (Euler-Maruyama, the paper's), or the probability-flow ODE by `euler`, `heun`, `dopri5`.
+        method: `sde` (Euler-Maruyama, the paper's), `sde-heun`, or the probability-flow ODE by `euler`, `heun`,
+            `dopri5`.
         num_steps: steps of the time grid; not used by `dopri5`.
         path_type: the path the velocity was trained on; only the SDE's score needs it.
         step_noise: for the SDE, the standard normal (N, ...) of step 0, 1, ...; None draws from torch's global state.
+        diffusion_form: for the SDE, one of `DIFFUSION_FORMS`.
+        diffusion_norm: for the SDE, the factor of w(t); 0 is the ODE with the SDE's grid.
+        time_shift: s of the grid's warp t -> s t / (1 + (s - 1) t); above 1 more of the steps lie near the noise.
         rtol: relative tolerance of `dopri5`.
         atol: absolute tolerance of `dopri5`. Its step size is shared by the batch, so an image depends on its batch.
 
     Raises:
-        UserError: for an unknown method, or fewer than 1 step (2 for the SDE).
+        UserError: for an unknown method, fewer than 1 step (2 for the SDE), or what `sde_schedule` refuses.
     """
+    least = 2 if method in ("sde", "sde-heun") else 1
     if method not in METHODS:
         raise UserError(f"unknown sampler {method!r}: choose one of {', '.join(METHODS)}")
-    if num_steps < (2 if method == "sde" else 1):
-        raise UserError(f"num_steps is {num_steps}: {method} needs at least {2 if method == 'sde' else 1}")
+    if num_steps < least:
+        raise UserError(f"num_steps is {num_steps}: {method} needs at least {least}")
 
     def evaluate(x: Tensor, t: float) -> Tensor:
         times = torch.full((len(x),), t, dtype=torch.float64)
         return velocity(x.to(noise.dtype), times).to(torch.float64)
 
     x = noise.to(torch.float64)
-    if method == "sde":
-        draw = step_noise or (lambda step: torch.randn_like(noise))
-        return euler_maruyama(evaluate, x, num_steps, path_type, draw)
-    if method == "euler":
-        return euler(evaluate, x, num_steps)
-    if method == "heun":
-        return heun(evaluate, x, num_steps)
-    return dopri5(evaluate, x, rtol, atol)
+    if method == "dopri5":
+        return dopri5(evaluate, x, rtol, atol)
+    if least == 1:
+        return {"euler": euler, "heun": heun}[method](evaluate, x, time_grid(num_steps, time_shift))
+    times, diffusions = sde_schedule(num_steps, path_type, diffusion_form, diffusion_norm, time_shift)
+
+    def drift(x: Tensor, step: int) -> Tensor:
+        t = times[step]
+        v = evaluate(x, t)
+        # Filled on the device: a copy to it would make the host wait for the device at every step.
+        score = score_from_velocity(path_type, x, v, torch.full((1,), t, dtype=torch.float64, device=x.device))
+        return v - 0.5 * diffusions[step] * score
+
+    draw = step_noise or (lambda step: torch.randn_like(noise))
+    return {"sde": euler_maruyama, "sde-heun": stochastic_heun}[method](drift, x, times, diffusions, draw)
+
+
+def time_grid(num_steps: int, shift: float, last: float | None = None) -> list[float]:
+    """`num_steps` + 1 times from 1 to 0, uniform, or bent by t -> s t / (1 + (s - 1) t) for a shift s other than 1.
+
+    With `last`, the SDE's, all but the final 0 lie between 1 and `last`, both included whatever the shift.
+
+    Raises:
+        UserError: for a shift that is not positive.
+    """
+    if not 0 < shift < math.inf:
+        raise UserError(f"time shift is {shift}: give a positive number, 1 for none (--time-shift)")
+    if last is None:
+        times = [1 - step / num_steps for step in range(num_steps)]
+    else:
+        unshifted = last / (shift - (shift - 1) * last)  # what the shift takes to `last`
+        times = torch.linspace(1, unshifted, num_steps, dtype=torch.float64).tolist()
+    return [*(shift * t / (1 + (shift - 1) * t) for t in times), 0.0]
+
+
+def sde_schedule(
+    num_steps: int, path_type: str, form: str = "linear", norm: float = 1.0, shift: float = 1.0
+) -> tuple[list[float], list[float]]:
+    """The SDE's `num_steps` + 1 times, and at all but the last w(t) = 2 norm form(t), the squared noise a unit of time.
+
+    The steps have to follow the SDE even where the data do not vary at all. There the state is noise of standard
+    deviation sigma, the drift is (sigma'/sigma + w / (2 sigma^2)) x, and a step dt multiplies x by 1 - c with
+    c = dt (sigma'/sigma + w / (2 sigma^2)), which grows beyond all bounds for c > 2. The paper's w = 2t never has more,
+    and c = 2 in the last step.
+
+    Raises:
+        UserError: for an unknown path or form, a norm or shift out of range, or a step with c > 2.
+    """
+    if path_type not in PATHS:
+        raise UserError(f"unknown path type {path_type!r}: choose one of {', '.join(PATHS)} (--path-type)")
+    if form not in DIFFUSION_FORMS:
+        known = ", ".join(DIFFUSION_FORMS)
+        raise UserError(f"unknown diffusion form {form!r}: choose one of {known} (--diffusion-form)")
+    if not 0 <= norm < math.inf:
+        raise UserError(f"diffusion norm is {norm}: give a number of 0 or more (--diffusion-norm)")
+    times, diffusions = time_grid(num_steps, shift, SDE_LAST_TIME), []
+    for t, t_next in pairwise(times):
+        path = PATHS[path_type](torch.tensor(t, dtype=torch.float64))
+        sigma, growth = path.sigma.item(), (path.d_sigma / path.sigma).item()
+        w = 2 * norm * DIFFUSION_FORMS[form](t, sigma)
+        if (t - t_next) * (growth + 0.5 * w / sigma**2) > 2 + 1e-9:
+            largest = norm * (2 / (t - t_next) - growth) * 2 * sigma**2 / w
+            raise UserError(
+                f"diffusion {form} with norm {norm:g} is too strong for the step from t = {t:.3g} to {t_next:.3g}, "
+                f"which bears a norm of {largest:.2g}: lower --diffusion-norm, or take another --diffusion-form"
+            )
+        diffusions.append(w)
+    return times, diffusions
 
 
 def euler_maruyama(
-    velocity: Callable[[Tensor, float], Tensor],
+    drift: Callable[[Tensor, int], Tensor],
     x: Tensor,
-    num_steps: int,
-    path_type: str,
+    times: Sequence[float],
+    diffusions: Sequence[float],
     step_noise: Callable[[int], Tensor],
 ) -> Tensor:
-    """dx = (v - w s / 2) dt + sqrt(w) dW backwards in time, s the score, w(t) = 2t: num_steps velocity calls.
+    """dx = (v - w s / 2) dt + sqrt(w) dW backwards in time, s the score: one velocity call a step.
 
-    num_steps - 1 noisy steps on the uniform grid from 1 to 0.04, then one step without noise from 0.04 to 0.
+    `drift(x, step)` is v - w s / 2 at `times[step]`; the step from the last but one time, to 0, has no noise.
     """
-    times = torch.linspace(1, SDE_LAST_TIME, num_steps, dtype=torch.float64).tolist()
-    for step, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0], strict=True)):
-        v = velocity(x, t)
-        w = 2 * t
-        score = score_from_velocity(path_type, x, v, torch.tensor([t], dtype=torch.float64))
-        x = x + (v - 0.5 * w * score) * (t_next - t)
-        if step < num_steps - 1:
-            x = x + math.sqrt(w * (t - t_next)) * step_noise(step).to(x)
+    last = len(times) - 2
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        x = x + drift(x, step) * (t_next - t)
+        if step < last:
+            x = x + math.sqrt(diffusions[step] * (t - t_next)) * step_noise(step).to(x)
     return x
 
 
-def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, num_steps: int) -> Tensor:
-    """First-order steps of dx = v dt on a uniform grid from 1 to 0: num_steps velocity calls."""
-    for step in range(num_steps):
-        t, t_next = 1 - step / num_steps, 1 - (step + 1) / num_steps
+def stochastic_heun(
+    drift: Callable[[Tensor, int], Tensor],
+    x: Tensor,
+    times: Sequence[float],
+    diffusions: Sequence[float],
+    step_noise: Callable[[int], Tensor],
+) -> Tensor:
+    """The same SDE with weak order 2: 2 num_steps - 1 velocity calls (Platen's scheme for additive noise).
+
+    The drift is averaged over both ends of a step, the far end predicted by Euler-Maruyama with the step's own noise,
+    and sqrt(w) is the mean of its values at both ends. The last step is Euler-Maruyama's, without noise.
+    """
+    last = len(times) - 2
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        slope = drift(x, step)
+        if step == last:
+            return x + slope * (t_next - t)
+        near, far = math.sqrt(diffusions[step]), math.sqrt(diffusions[step + 1])
+        kick = 0.5 * (near + far) * math.sqrt(t - t_next) * step_noise(step).to(x)
+        slope = 0.5 * (slope + drift(x + slope * (t_next - t) + kick, step + 1))
+        x = x + slope * (t_next - t) + kick
+    raise AssertionError("times hold at least one step")
+
+
+def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float]) -> Tensor:
+    """First-order steps of dx = v dt: one velocity call a step."""
+    for t, t_next in pairwise(times):
         x = x + velocity(x, t) * (t_next - t)
     return x
 
 
-def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, num_steps: int) -> Tensor:
-    """Second-order (trapezoidal) steps on a uniform grid from 1 to 0: 2 num_steps - 1 velocity calls.
+def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float]) -> Tensor:
+    """Second-order (trapezoidal) steps of dx = v dt: 2 num_steps - 1 velocity calls.
 
     The last step is an Euler step, so that the network is never asked at t = 0, where training seldom goes. The order
     stays 2: one step's error is itself of second order.
     """
-    for step in range(num_steps):
-        t, t_next = 1 - step / num_steps, 1 - (step + 1) / num_steps
+    for t, t_next in pairwise(times):
         v = velocity(x, t)
-        if step < num_steps - 1:
+        if t_next > 0:
             v = 0.5 * (v + velocity(x + v * (t_next - t), t_next))
         x = x + v * (t_next - t)
     return x
@@ -148,6 +246,31 @@ def classifier_free_guidance(
         both = model_velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         conditional, unconditional = both.chunk(2)
         return unconditional + scale * (conditional - unconditional)
+
+    return velocity
+
+
+def autoguidance(
+    model_velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+    guide_velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+    y: Tensor,
+    scale: float,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Velocity:
+    """The velocity function v_guide + scale (v - v_guide) while low <= t <= high (Karras et al. 2024, Eq. 2).
+
+    Both networks get the label: a weaker version of the same model takes the place of the null class, and the two
+    kinds of guidance do not combine. Outside the interval, and at scale 1, it is v. Costs one row an image of the
+    network, and inside the interval one of the guide.
+    """
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        v = model_velocity(x, t, y)
+        if scale == 1 or not low <= float(t[0]) <= high:
+            return v
+        weak = guide_velocity(x, t, y)
+        return weak + scale * (v - weak)
 
     return velocity
 

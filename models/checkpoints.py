@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
 
     config: dict[str, Any]  # arguments of DeepFlow
     weights: dict[str, Tensor]
-    metadata: dict[str, Any]  # what the writer said of it: step, path_type, vae, ...; empty for official files
+    metadata: dict[str, Any]  # what the writer said of it: step, path_type, vae, ...; official files: path_type at most
 
 
 def save(
@@ -78,12 +78,17 @@ def build(checkpoint: Checkpoint, name: str) -> DeepFlow:
     return model.eval()
 
 
-def read(path: str | Path, **overrides: Any) -> Checkpoint:
-    """A checkpoint's architecture, EMA weights and metadata; see `load`."""
+def read(path: str | Path, fallbacks: Mapping[str, Any] | None = None, **overrides: Any) -> Checkpoint:
+    """A checkpoint's architecture, EMA weights and metadata; see `load`.
+
+    `fallbacks` are `DeepFlow` arguments that count only where the file is silent, and None counts as not given.
+    """
     path = file_of(path)
-    checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else read_official(path, overrides)
+    fallbacks = {key: value for key, value in (fallbacks or {}).items() if value is not None}
+    ours = path.suffix == ".safetensors"
+    checkpoint = read_safetensors(path) if ours else read_official(path, overrides, fallbacks)
     if not checkpoint.config:
-        checkpoint = checkpoint._replace(config=infer_config(checkpoint.weights, {}, overrides, str(path)))
+        checkpoint = checkpoint._replace(config=infer_config(checkpoint.weights, fallbacks, overrides, str(path)))
     config = {**checkpoint.config, **{key: value for key, value in overrides.items() if value is not None}}
     return checkpoint._replace(config=config)
 
@@ -113,7 +118,7 @@ def read_safetensors(path: Path) -> Checkpoint:
         raise UserError(f"{path} is damaged or not safetensors ({error}): copy or download it again") from error
 
 
-def read_official(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
+def read_official(path: Path, overrides: Mapping[str, Any], fallbacks: Mapping[str, Any]) -> Checkpoint:
     """A `.pt` of the official release: a dict with `ema` (else `model`) weights and its flags in `args`."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -130,7 +135,9 @@ def read_official(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         )
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
     flags = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-    return Checkpoint(infer_config(weights, flags, overrides, str(path)), weights, {})
+    told = {**fallbacks, **{key: value for key, value in flags.items() if value is not None}}
+    metadata = {"path_type": flags["path_type"]} if "path_type" in flags else {}
+    return Checkpoint(infer_config(weights, told, overrides, str(path)), weights, metadata)
 
 
 def infer_config(

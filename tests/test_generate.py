@@ -1,10 +1,15 @@
+import argparse
 import json
+import random
 import re
+import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sample_data import killed_after, start
 
 import generate
 from errors import UserError
@@ -35,6 +40,9 @@ def run(tmp_path_factory):
     metadata = {"step": 5, "path_type": "linear", "vae": str(folder / "vae"), "scaling_factor": 0.7}
     metadata["class_names"] = ["cat", "dog", "emu"]
     checkpoints.save(folder / "ema.safetensors", model.state_dict(), model.config, metadata)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    checkpoints.save(folder / "weak.safetensors", model.state_dict(), model.config, metadata)
     return folder
 
 
@@ -61,19 +69,103 @@ def test_writes_npz_grid_and_settings(monkeypatch, run, tmp_path):
         "guidance_high": 0.8,
         "path_type": "linear",
         "seed": 0,
+        "diffusion_form": "linear",
+        "diffusion_norm": 1.0,
+        "time_shift": 1.0,
+        "precision": "no",
     }
+    assert record["block_size"] == 64 and record["device_type"] == "cpu" and "--classes 2,0" in record["command"]
     assert record["architecture"]["df_idxs"] == [1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.npz", "x.png"]  # nothing left aside
 
 
-def test_image_does_not_depend_on_its_batch(monkeypatch, run, tmp_path):
-    images = []
-    for size in (1, 3, 8):
-        command(monkeypatch, run, tmp_path / str(size), "--per-proc-batch-size", str(size), "--cfg-scale", "2")
-        images.append(np.load(tmp_path / str(size) / "x.npz")["arr_0"].astype(int))
-    # Matrix products round differently at other batch sizes; a pixel on the edge of two values may follow.
-    assert abs(images[0] - images[1]).max() <= 1 and (images[0] != images[1]).mean() < 1e-3
-    assert abs(images[0] - images[2]).max() <= 1 and (images[0] != images[2]).mean() < 1e-3
+SAMPLERS = {
+    "sde": ["--mode", "sde"],
+    "sde-heun": ["--mode", "sde", "--heun"],
+    "euler": ["--mode", "ode"],
+    "dopri5": ["--solver", "dopri5", "--num-steps", "1"],
+    "autoguidance": ["--mode", "ode", "--autoguidance-ckpt", "WEAK"],
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_are_the_same_bytes_at_any_batch_size(monkeypatch, run, tmp_path, sampler):
+    monkeypatch.setitem(generate.BLOCK_TOKENS, "cpu", 16)  # four images of four tokens
+    flags = [str(run / "weak.safetensors") if flag == "WEAK" else flag for flag in SAMPLERS[sampler]]
+    seen, total = {}, 16 if sampler == "dopri5" else 64
+    for name, size, count in (("a", 1, total), ("b", 8, total), ("c", 64, total), ("fewer", 8, total - 2)):
+        command(monkeypatch, run, tmp_path, *flags, "--cfg-scale", "2", "--guidance-high", "0.9", "--name", name,
+                "--per-proc-batch-size", str(size), "--num-fid-samples", str(count))  # fmt: skip
+        seen[name] = (tmp_path / f"{name}.npz").read_bytes()
+    assert seen["a"] == seen["b"] == seen["c"]
+    # An image does not know how many others there are: the total ends inside the last block, which is made whole.
+    whole, fewer = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("a", "fewer"))
+    assert whole.std() > 1 and (whole[:-2] == fewer).all()
+
+
+def test_the_iterator_makes_any_subset(run, monkeypatch):
+    monkeypatch.setitem(generate.BLOCK_TOKENS, "cpu", 16)
+    model = checkpoints.load(run)
+    decode = lambda z: (z * 40 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)[..., :3].contiguous()  # noqa: E731
+    settings, labels = generate.Settings(method="heun", num_steps=3, cfg_scale=2.0), np.arange(10) % 3
+    make = lambda indices, size: list(generate.generate_images(model, decode, labels, settings, indices, size))  # noqa: E731
+    (everything,) = make(range(10), 10)
+    assert everything.indices == list(range(10)) and everything.labels.tolist() == labels.tolist()
+    parts = make([9, 2, 5, 2], 1)
+    assert [part.indices for part in parts] == [[2], [5], [9]]
+    for part in parts:
+        assert torch.equal(part.images, everything.images[part.indices])
+        assert part.labels.tolist() == labels[part.indices].tolist()
+    assert make([], 4) == []
+    with pytest.raises(IndexError, match="images 3 to 10 are wanted, but there are 10 labels"):
+        make([10, 3], 4)
+
+
+def test_killed_at_random_moments_and_continued_by_any_number_of_processes(monkeypatch, run, tmp_path):
+    flags = ["--mode", "ode", "--num-steps", "20", "--cfg-scale", "2", "--num-fid-samples", "62", "--name", "x"]
+    monkeypatch.setitem(generate.BLOCK_TOKENS, "cpu", 16)
+    command(monkeypatch, run, tmp_path / "whole", *flags)
+    work = lambda: command(monkeypatch, run, tmp_path / "killed", *flags, "--per-proc-batch-size", "1")  # noqa: E731
+    begun = time.monotonic()
+    process = start(work)
+    process.join()
+    seconds = time.monotonic() - begun
+    assert process.exitcode == 0
+    shutil.rmtree(tmp_path / "killed")
+    moments, kills, interrupted = random.Random(0), 0, 0
+    while kills < 5:
+        if killed_after(work, moments.uniform(0, seconds)):
+            assert (tmp_path / "killed/x.npz").read_bytes() == (tmp_path / "whole/x.npz").read_bytes()
+            shutil.rmtree(tmp_path / "killed")
+        else:
+            kills += 1
+            interrupted += (tmp_path / "killed/x.npz.progress").exists()
+    assert interrupted
+    work()
+    assert (tmp_path / "killed/x.npz").read_bytes() == (tmp_path / "whole/x.npz").read_bytes()
+    assert sorted(p.suffix for p in (tmp_path / "killed").iterdir()) == [".json", ".npz", ".png"]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, run, tmp_path):
+    monkeypatch.setitem(generate.BLOCK_TOKENS, "cpu", 8)  # two images
+    made, make_block = [], generate.make_block
+
+    def failing(*arguments):
+        made.append(arguments[4].start)
+        if len(made) == 3:
+            raise UserError("interrupted")
+        return make_block(*arguments)
+
+    monkeypatch.setattr(generate, "make_block", failing)
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, run, tmp_path, "--per-proc-batch-size", "2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npz.part", "x.npz.progress"]
+    with pytest.raises(SystemExit, match="2"):  # other settings
+        command(monkeypatch, run, tmp_path, "--global-seed", "1")
+    command(monkeypatch, run, tmp_path, "--per-proc-batch-size", "4")
+    assert made == [0, 2, 4, 4, 6]
+    command(monkeypatch, run, tmp_path / "whole")
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole/x.npz").read_bytes()
 
 
 def test_seed_and_solver_change_the_images(monkeypatch, run, tmp_path):
@@ -115,15 +207,25 @@ def test_diverged_weights_are_no_images(monkeypatch, run, tmp_path, capsys):
     assert not (tmp_path / "x.npz").exists()
 
 
+def name_of(ckpt, flags="", metadata=None):
+    options = generate.parse_options(["--ckpt", str(ckpt), *flags.split()])
+    return generate.default_name(options, generate.settings_of(options, metadata or {}), metadata or {"step": 5})
+
+
 def test_default_name_holds_what_changes_the_result(run):
-    parse = generate.build_parser().parse_args
-    seen = set()
-    for flags in ["", "--cfg-scale 2", "--cfg-scale 2 --guidance-high 0.7", "--mode ode", "--heun", "--num-steps 50",
-                  "--classes balanced", "--classes 1,2", "--global-seed 3", "--num-fid-samples 9"]:  # fmt: skip
-        args = parse(["--ckpt", str(run), *flags.split()])
-        seen.add(generate.default_name(args, generate.settings_of(args, {}), {"step": 5}))
-    assert len(seen) == 10
+    weak = run / "weak.safetensors"
+    settings = ["", "--cfg-scale 2", "--cfg-scale 2 --guidance-high 0.7", "--cfg-scale 2 --guidance-low 0.7",
+                "--mode ode", "--heun", "--heun --mode sde", "--solver dopri5", "--num-steps 50", "--classes balanced",
+                "--classes 1,2", "--classes 1,2,2", "--global-seed 3", "--num-fid-samples 9", "--path-type cosine",
+                "--diffusion-form decreasing", "--diffusion-norm 0.5", "--time-shift 2", "--precision bf16",
+                "--vae mse", "--no-tf32", "--compile", f"--cfg-scale 2 --autoguidance-ckpt {weak}",
+                "--legacy-scaling"]  # fmt: skip
+    seen = {name_of(run, flags) for flags in settings}
+    assert len(seen) == len(settings)
     assert f"{run.name}-step5-sde250-random-n50000-seed0" in seen
+    assert len(name_of(run, "--classes " + ",".join(["1"] * 500))) < 120
+    for flags in ("--per-proc-batch-size 3", "--no-grid", "--png", "--overwrite"):
+        assert name_of(run, flags) == name_of(run)
 
 
 def test_checkpoints_of_two_runs_have_two_names(run, tmp_path):
@@ -132,9 +234,158 @@ def test_checkpoints_of_two_runs_have_two_names(run, tmp_path):
         folder = tmp_path / name / "checkpoints" / "step-0000005"
         folder.mkdir(parents=True)
         (folder / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes())
-        args = generate.build_parser().parse_args(["--ckpt", str(folder)])
-        names.add(generate.default_name(args, generate.settings_of(args, {}), {"step": 5}))
+        names.add(name_of(folder))
     assert {name.split("-")[0] for name in names} == {"one", "two"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ("", "sde"),
+        ("--heun", "heun"),  # as in the official release
+        ("--mode ode", "euler"),
+        ("--mode ode --solver heun", "heun"),
+        ("--mode sde --heun", "sde-heun"),
+        ("--mode sde --solver heun", "sde-heun"),
+        ("--solver dopri5", "dopri5"),
+        ("--no-heun --mode sde", "sde"),
+    ],
+)
+def test_mode_solver_and_heun_together_name_a_sampler(flags, method):
+    assert generate.parse_options(["--ckpt", "c", *flags.split()]).method == method
+
+
+def test_generate_is_a_function_that_leaves_no_trace(run, tmp_path):
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    flags = ["--num-fid-samples", "3", "--num-steps", "2", "--sample-dir", str(tmp_path), "--no-tf32"]
+    npz = generate.generate(generate.parse_options(["--ckpt", str(run), *flags]))
+    assert npz.parent == tmp_path and np.load(npz)["arr_0"].shape == (3, 32, 32, 3)
+    assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == (threads, tf32)
+
+
+def test_a_moved_checkpoint_is_the_same_and_another_is_not(monkeypatch, run, tmp_path, capsys):
+    command(monkeypatch, run, tmp_path)
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes((run / "ema.safetensors").read_bytes())
+    command(monkeypatch, run, tmp_path, "--ckpt", str(moved))
+    assert "made already" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, run, tmp_path, "--ckpt", str(run / "weak.safetensors"))
+    assert "was made with checkpoint_sha256" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_are_one_line_before_anything_is_written(monkeypatch, run, tmp_path, capsys):
+    whole = (run / "ema.safetensors").read_bytes()
+    for name, content in {"cut.safetensors": whole[:-100], "cut.pt": b"PK" + whole[:500], "empty.pt": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match="2"):
+            command(monkeypatch, run, tmp_path / "out", "--ckpt", str(tmp_path / name))
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and f"{name} is damaged" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_png_folder_holds_the_samples(monkeypatch, run, tmp_path):
+    command(monkeypatch, run, tmp_path, "--no-grid")
+    assert not (tmp_path / "x.png").exists()
+    command(monkeypatch, run, tmp_path, "--png")  # of samples that stand there already
+    samples = np.load(tmp_path / "x.npz")["arr_0"]
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [f"{i:06d}.png" for i in range(8)]
+    for i, image in enumerate(samples):
+        assert (np.asarray(Image.open(tmp_path / f"x/{i:06d}.png")) == image).all()
+
+
+def test_precision_and_compiled_blocks_make_nearly_the_same_images(monkeypatch, run, tmp_path):
+    images = {}
+    for name, flags in {"plain": [], "bf16": ["--precision", "bf16"]}.items():
+        command(monkeypatch, run, tmp_path, "--name", name, "--cfg-scale", "2", *flags)
+        images[name] = np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int)
+    assert 0 < abs(images["plain"] - images["bf16"]).mean() < 3
+
+
+def test_official_checkpoint_goes_through(monkeypatch, run, tmp_path):
+    """A file as the official release writes it, read with its flags, and without them by the command line's."""
+    ours = checkpoints.read(run)
+    weights = ours.weights
+    flags = dict(model="DeepFlow-B/2", df_idxs="[1]", legacy_scaling=False, num_heads=2, path_type="linear")
+    args = argparse.Namespace(**flags, trans_depth=2, resolution=32)
+    torch.save({"model": {}, "ema": weights, "opt": {}, "args": args, "steps": 7}, tmp_path / "0000007.pt")
+    vae = ["--vae", str(run / "vae")]
+    command(
+        monkeypatch,
+        run,
+        tmp_path,
+        "--ckpt",
+        str(tmp_path / "0000007.pt"),
+        *vae,
+        "--df-idxs",
+        "[1]",
+        "--trans-depth",
+        "2",
+        "--num-classes",
+        "3",
+        "--resolution",
+        "32",
+        "--path-type",
+        "linear",
+        "--projector-embed-dims",
+        "768",
+        "--no-fused-attn",
+        "--encoder-depth",
+        "8",
+        "--no-legacy-scaling",
+    )
+    command(monkeypatch, run, tmp_path / "ours")
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "ours/x.npz").read_bytes()
+    assert json.loads((tmp_path / "x.json").read_text())["architecture"] == ours.config
+
+
+def official_without_flags(path):
+    """A small DeepFlow-S/2 (width 384, 6 heads) whose file tells nothing but weights."""
+    config = dict(hidden_size=384, depth=3, num_heads=6, num_classes=3, projector_dim=8, df_idxs=[1], input_size=4)
+    torch.save({"ema": DeepFlow(**config).state_dict()}, path)
+    return path
+
+
+def test_architecture_flags_count_where_the_file_is_silent(tmp_path):
+    path = official_without_flags(tmp_path / "x.pt")
+    options = generate.parse_options(["--ckpt", str(path), "--df-idxs", "2", "--legacy-scaling"])
+    assert generate.read_checkpoint(options).config | {"df_idxs": [2], "legacy_scaling": True, "num_heads": 6} == (
+        generate.read_checkpoint(options).config
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--trans-depth 12", "--trans-depth 12, but .* has trans-depth 2: drop the flag"),
+        ("--df-idxs 8 16", r"--df-idxs \[8, 16\], but .* has df-idxs \[1\]"),
+        ("--num-classes 1000", "--num-classes 1000, but .* has num-classes 3"),
+        ("--legacy-scaling", "--legacy-scaling, but .* has legacy-scaling False"),
+        ("--qk-norm", "--qk-norm, but .* has qk-norm False"),
+        ("--ssl-align", "--ssl-align, but .* has ssl-align False"),
+        ("--model DeepFlow-XL/2", "--model DeepFlow-XL/2 has width 1152 and 16 heads, but .* has width 16 and 2 heads"),
+        ("--model SiT-XXL/2", "unknown model 'SiT-XXL/2'"),
+    ],
+)
+@pytest.mark.parametrize("official", [False, True])
+def test_architecture_flags_may_not_contradict_the_file(run, tmp_path, flags, message, official):
+    path = run / "ema.safetensors"
+    if official:
+        args = argparse.Namespace(df_idxs="[1]", legacy_scaling=False, num_heads=2)
+        path = tmp_path / "x.pt"
+        torch.save({"ema": checkpoints.read(run).weights, "args": args}, path)
+    with pytest.raises(UserError, match=message):
+        generate.read_checkpoint(generate.parse_options(["--ckpt", str(path), *flags.split()]))
+
+
+def test_autoguidance_by_a_checkpoint_of_another_kind_is_refused(run, tmp_path):
+    other = tmp_path / "other.safetensors"
+    model = DeepFlow(**TINY | dict(num_classes=4))
+    checkpoints.save(other, model.state_dict(), model.config, {})
+    options = generate.parse_options(["--ckpt", str(run), "--cfg-scale", "2", "--autoguidance-ckpt", str(other)])
+    with pytest.raises(UserError, match="has num_classes 4, but .* has 3"):
+        generate.read_guide(options, generate.read_checkpoint(options))
 
 
 def test_labels():
@@ -158,11 +409,23 @@ def test_labels():
         (["--resolution", "64"], "--resolution 64, but .* makes images of 32 px"),
         (["--path-type", "cosine"], "--path-type cosine, but .* was trained on the linear path"),
         (["--num-steps", "1"], "--num-steps is 1: give at least 2"),
+        (["--num-steps", "0"], "--num-steps: '0' given, expected an integer in"),
+        (["--heun", "--solver", "dopri5"], "--heun and --solver dopri5: drop one of them"),
+        (["--mode", "sde", "--solver", "dopri5"], "--solver dopri5 with --mode sde"),
+        (["--solver", "dopri5", "--time-shift", "2"], "--time-shift with --solver dopri5"),
+        (["--time-shift", "0"], "--time-shift is 0.0: give a positive number"),
+        (["--mode", "ode", "--diffusion-norm", "2"], "--diffusion-form and --diffusion-norm are of the SDE"),
+        (["--diffusion-form", "constant"], "diffusion constant with norm 1 is too strong .* bears a norm of"),
+        (["--autoguidance-ckpt", "weak.pt"], "--autoguidance-ckpt with --cfg-scale 1, which is no guidance"),
+        (["--autoguidance-ckpt", "no.pt", "--cfg-scale", "2"], "no checkpoint at no.pt"),
+        (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--df-idxs", "one"], "--df-idxs 'one' given, expected integers"),
+        (["--legacy-scaling"], "--legacy-scaling, but .* has legacy-scaling False"),
         (["--guidance-low", "0.9", "--guidance-high", "0.2"], "must be ordered"),
         (["--cfg-scale", "nan"], "--cfg-scale is nan: give a number"),
         (["--name", "a/b"], "--name 'a/b': give a name without folders"),
-        (["--global-seed", str(2**64)], "give at least 0, below 2"),
-        (["--num-fid-samples", "0"], "--num-fid-samples is 0: give at least 1"),
+        (["--global-seed", str(2**64)], f"--global-seed: '{2**64}' given, expected an integer in"),
+        (["--num-fid-samples", "0"], "--num-fid-samples: '0' given, expected an integer in"),
         (["--vae", "no/such/folder"], "no VAE folder at no/such/folder"),
         (["--ckpt", "nothing.pt"], "no checkpoint at nothing.pt"),
         (["--steps", "3"], "unrecognized arguments: --steps 3"),
@@ -180,6 +443,6 @@ def test_mistakes_are_one_line_and_exit_code_2(monkeypatch, run, tmp_path, capsy
 
 
 def test_vae_of_another_scale_is_refused(monkeypatch, run, tmp_path):
-    args = generate.build_parser().parse_args(["--ckpt", "c", "--vae", str(run / "vae")])
+    options = generate.parse_options(["--ckpt", "c", "--vae", str(run / "vae")])
     with pytest.raises(UserError, match=r"scales latents by 0.7, but c was trained on a scale of 0.18215"):
-        generate.load_matching_vae(args, {"scaling_factor": 0.18215}, torch.device("cpu"))
+        generate.load_matching_vae(options, {"scaling_factor": 0.18215}, torch.device("cpu"))

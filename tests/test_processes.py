@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from test_generate import run  # noqa: F401 - a fixture
 
@@ -50,23 +49,10 @@ def test_a_mistake_of_one_process_is_told(monkeypatch, capsys):
         assert capsys.readouterr().err == told
 
 
-def test_two_processes_make_the_images_of_one(run, tmp_path):  # noqa: F811
+def test_two_processes_make_the_bytes_of_one(run, tmp_path):  # noqa: F811
     for count in (1, 2):
-        flags = [
-            "--num-fid-samples",
-            7,
-            "--num-steps",
-            3,
-            "--per-proc-batch-size",
-            2,
-            "--cfg-scale",
-            2,
-            "--name",
-            count,
-        ]
-        launch(count, "generate.py", "--ckpt", run / "ema.safetensors", "--sample-dir", tmp_path, *flags)
-    one, two = (np.load(tmp_path / f"{count}.npz") for count in (1, 2))
-    assert one["arr_1"].tolist() == two["arr_1"].tolist()
-    difference = abs(one["arr_0"].astype(int) - two["arr_0"])
-    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3  # other batches, other rounding
+        flags = ["--num-fid-samples", 150, "--num-steps", 3, "--per-proc-batch-size", 2, "--cfg-scale", 2]
+        flags += ["--name", count, "--sample-dir", tmp_path]  # three blocks of 64
+        launch(count, "generate.py", "--ckpt", run / "ema.safetensors", *flags)
+    assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
     assert {p.suffix for p in tmp_path.iterdir()} == {".npz", ".png", ".json"}

@@ -65,6 +65,17 @@ def test_eval_samples_and_says_that_there_is_no_reference(run, tmp_path):  # noq
     assert len(list(tmp_path.glob("*.npz"))) == 1
 
 
-def test_eval_fails_when_sampling_fails(tmp_path):
+def test_eval_says_in_one_line_that_there_is_no_checkpoint(tmp_path):
     done = bash("script/xlarge/eval.sh", CKPT=str(tmp_path / "none.pt"))
-    assert done.returncode == 2 and "no checkpoint at" in done.stderr
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"error: no checkpoint at {tmp_path / 'none.pt'}: set CKPT=/path/to/ema.safetensors, or to an official .pt\n"
+    )
+
+
+@pytest.mark.parametrize("size", ["small", "xlarge"])
+def test_eval_fails_when_sampling_fails(run, tmp_path, size):  # noqa: F811
+    environment = dict(CKPT=str(run / "ema.safetensors"), REF=str(run / "ema.safetensors"))
+    done = bash(f"script/{size}/eval.sh", "--num-classes", 7, "--sample-dir", tmp_path / "none", **environment)
+    assert done.returncode == 2 and "--num-classes 7, but" in done.stderr and "evaluate" not in done.stderr
+    assert not (tmp_path / "none").exists()

@@ -2,10 +2,11 @@
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from errors import OneLineParser, UserError
+from flags import number, numbers
 
 # What, with architecture and data, makes two runs one experiment: a checkpoint continues only under equal values.
 EXPERIMENT = (
@@ -26,34 +27,6 @@ EXPERIMENT = (
 )
 
 
-def number(kind: type, low: float, high: float = float("inf"), below: bool = False) -> Callable[[str], float]:
-    """A parser of numbers in [low, high], or [low, high) if `below`, for `add_argument(type=...)`."""
-
-    def parse(text: str) -> float:
-        expected = f"{'an integer' if kind is int else 'a number'} in [{low}, {high}{')' if below else ']'}"
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or (below and value == high):
-            raise argparse.ArgumentTypeError(f"{text!r} given, expected {expected}")
-        return value
-
-    return parse
-
-
-def numbers(words: Sequence[str] | None, kind: type, flag: str) -> list | None:
-    """A list flag in either spelling: `8 16` or "[8, 16]". None stays None; "[]" is the empty list."""
-    if words is None:
-        return None
-    text = " ".join(words).strip()
-    try:
-        return [kind(word) for word in text.removeprefix("[").removesuffix("]").replace(",", " ").split()]
-    except ValueError:
-        noun = "integers" if kind is int else "numbers"
-        raise UserError(f'{flag} {text!r} given, expected {noun} such as 8 16 or "[8, 16]"') from None
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of `train.py`."""
     parser = OneLineParser(
@@ -70,12 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume-step", type=number(int, 1), help="go on from this step's checkpoint; later ones are set aside")
     add("--checkpointing-steps", type=number(int, 1), default=50_000, help="optimizer steps between checkpoints")
     add("--keep-last", type=number(int, 1), help="newest checkpoints to keep (default: all)")
-    add(
-        "--keep-every",
-        type=number(int, 1),
-        metavar="M",
-        help="with --keep-last: also keep every M-th step's checkpoint",
-    )
+    add("--keep-every", type=number(int, 1), metavar="M", help="with --keep-last: besides, every M-th step's")
     add("--log-every", type=number(int, 1), default=100, help="optimizer steps averaged in a line of metrics.jsonl")
     add("--report-to", choices=["none", "wandb", "tensorboard"], default="none", help="also report metrics there")
     add("--logging-dir", default="logs", help="folder in the run's own for what --report-to keeps on disk")

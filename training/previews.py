@@ -12,12 +12,12 @@ from dataset import LatentData
 from errors import UserError
 from evaluation import ImageArchive, evaluate, extract, load_extractor
 from evaluation.metrics import check_images
-from generate import Settings, choose_labels, generate_images, save_grid
+from generate import Settings, generate_images, images_per_block
+from generation.labels import choose_labels
+from generation.pictures import save_grid
 from models import DeepFlow
 from models.vae import decode, load_vae
 from training.parallel import whole_copy
-
-SHARE = 16  # images of a process that follow each other
 
 
 class Previews:
@@ -51,10 +51,10 @@ class Previews:
         total = options.preview_samples
         labels = choose_labels("balanced", total, options.num_classes, None, 0)
         settings = Settings("heun", 20, options.preview_cfg_scale, path_type=options.path_type)
-        mine = [i for i in range(total) if i // SHARE % self.world == self.rank]
-        batches = list(generate_images(whole_copy(average), self._decode, labels, settings, mine, SHARE))
-        parts = [(batch.indices, batch.images.numpy()) for batch in batches]
-        parts = gather_object(parts)
+        block = images_per_block(average.config, self.vae.device.type)
+        mine = [i for i in range(total) if i // block % self.world == self.rank]
+        batches = generate_images(whole_copy(average), self._decode, labels, settings, mine, block)
+        parts = gather_object([(batch.indices, batch.images.numpy()) for batch in batches])
         if self.rank != 0:
             return {}
         images = np.empty((total, *parts[0][1].shape[1:]), np.uint8)
@@ -62,7 +62,7 @@ class Previews:
             images[indices] = part
         folder = run / "previews"
         folder.mkdir(exist_ok=True)
-        save_grid(images, labels, self.data.class_names, folder / f"step-{step:07d}.png")
+        save_grid(images.__getitem__, labels, self.data.class_names, folder / f"step-{step:07d}.png")
         if self.reference is None:
             return {}
         scores = evaluate(self.reference, images, self.extractor, progress=False)

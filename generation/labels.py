@@ -1,0 +1,41 @@
+"""Which class each image is of."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from errors import UserError
+
+
+def choose_labels(
+    classes: str, count: int, num_classes: int, class_counts: Sequence[int] | None, seed: int
+) -> np.ndarray:
+    """Class ids, (count,), each a function of the seed and the image number.
+
+    Args:
+        classes: `random` (uniform), `data` (random, as frequent as in the training data), `balanced` (one class after
+            the other), or a list of ids to cycle through.
+        count: how many.
+        num_classes: the ids are 0 to num_classes - 1.
+        class_counts: images of each class in the training data, if known.
+        seed: of the random choices.
+
+    Raises:
+        UserError: for a list with anything but class ids, and `data` where the counts are not known.
+    """
+    if classes == "balanced":
+        return np.arange(count) % num_classes
+    if classes in ("random", "data"):
+        if classes == "data" and class_counts is None:
+            raise UserError("--classes data: the checkpoint does not tell how frequent its classes are; give random")
+        weights = np.ones(num_classes) if classes == "random" else np.asarray(class_counts, dtype=np.float64)
+        edges = np.cumsum(weights) / weights.sum()
+        # A stream apart from the image's noise: the top word of the counter, which noise never reaches.
+        streams = (np.random.Philox(key=[seed, i], counter=[0, 0, 0, 1]) for i in range(count))
+        uniforms = np.array([np.random.Generator(stream).random() for stream in streams])
+        return np.searchsorted(edges, uniforms, side="right").clip(max=num_classes - 1)
+    words = classes.replace(",", " ").split()
+    if not words or any(not word.isdecimal() or int(word) >= num_classes for word in words):
+        ids = f"class ids in 0..{num_classes - 1} such as 0,{num_classes - 1}"
+        raise UserError(f"--classes {classes!r}: give random, data, balanced, or {ids}")
+    return np.resize([int(word) for word in words], count)

@@ -1,0 +1,271 @@
+"""The flags of `generate.py`: names and meaning as in the official release; and what they say of a checkpoint."""
+
+import argparse
+import hashlib
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from errors import OneLineParser, UserError
+from flags import number, numbers
+from interpolant import PATHS
+from models import checkpoints
+from models.presets import NAME, model_config
+from samplers import DIFFUSION_FORMS, sde_schedule
+
+
+class Settings(NamedTuple):
+    """What, besides the networks, decides an image."""
+
+    method: str = "sde"  # sde, sde-heun, euler, heun or dopri5
+    num_steps: int = 250
+    cfg_scale: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    path_type: str = "linear"
+    seed: int = 0
+    diffusion_form: str = "linear"
+    diffusion_norm: float = 1.0
+    time_shift: float = 1.0
+    precision: str = "no"  # no, bf16 or fp16: of the network; the sampler's state is float64
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of `generate.py`."""
+    parser = OneLineParser(
+        prog="generate.py",
+        description="Checkpoint -> an .npz of uint8 samples. The same command continues an interrupted run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    boolean = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("what")
+    add = group.add_argument
+    add("--ckpt", required=True, help="checkpoint: a .safetensors, a folder with ema.safetensors, an official .pt")
+    add("--num-fid-samples", type=number(int, 1, 2**40), default=50_000, help="images to make")
+    add("--classes", default="random", help="labels: random, data, balanced, or ids to cycle such as 3,7")
+    add("--global-seed", type=number(int, 0, 2**64 - 1), default=0, help="seed of labels and noise")
+    add("--vae", help="ema, mse, a local folder or a hub name (default: the checkpoint's, else ema)")
+
+    group = parser.add_argument_group("sampler")
+    add = group.add_argument
+    add("--mode", choices=["sde", "ode"], help="the SDE, or the probability-flow ODE (default: sde; with --heun or "
+        "--solver dopri5 alone, ode)")  # fmt: skip
+    add("--solver", choices=["euler", "heun", "dopri5"], help="euler (Euler-Maruyama for the SDE), heun, or for the "
+        "ODE the adaptive dopri5 (default: euler)")  # fmt: skip
+    add("--heun", action=boolean, default=False, help="the same as --solver heun")
+    add("--num-steps", type=number(int, 1), default=250, help="sampling steps; dopri5 chooses its own")
+    add("--time-shift", type=number(float, 0), default=1.0, help="bend the time grid by t -> s t / (1 + (s - 1) t): "
+        "above 1 more steps near the noise")  # fmt: skip
+    add("--diffusion-form", choices=list(DIFFUSION_FORMS), default="linear", help="form of the SDE's noise w(t); "
+        "linear is the paper's 2t")  # fmt: skip
+    add("--diffusion-norm", type=number(float, 0), default=1.0, help="factor of w(t); `constant` needs 0.04 or less")
+    add("--cfg-scale", type=float, default=1.0, help="guidance scale; 1 is none")
+    add("--guidance-low", "--guidance_low", type=number(float, 0, 1), default=0.0, help="lowest guided time")
+    add("--guidance-high", "--guidance_high", type=number(float, 0, 1), default=1.0, help="highest guided time; "
+        "1 is noise")  # fmt: skip
+    add("--autoguidance-ckpt", metavar="FILE", help="guide by this weaker checkpoint's conditional velocity in place "
+        "of the null class's; --cfg-scale is its scale")  # fmt: skip
+
+    group = parser.add_argument_group("speed")
+    add = group.add_argument
+    add("--per-proc-batch-size", type=number(int, 1), default=64, help="images made and written together on each "
+        "device, rounded up to whole blocks; no influence on the images")  # fmt: skip
+    add("--precision", choices=["no", "bf16", "fp16"], default="no", help="autocast of the network; no is float32")
+    add("--tf32", action=boolean, default=True, help="TF32 matrix products on GPUs that have them")
+    add("--compile", action=boolean, default=False, help="compile the transformer blocks")
+
+    group = parser.add_argument_group("results")
+    add = group.add_argument
+    add("--sample-dir", type=Path, default=Path("samples"), help="folder of the results")
+    add("--name", help="name of the results (default: from the checkpoint and the settings)")
+    add("--overwrite", action="store_true", help="replace results of that name that were made otherwise")
+    add("--grid", action=boolean, default=True, help="write a picture with a row a class")
+    add("--png", action=boolean, default=False, help="write the images also into a folder of PNG files")
+
+    group = parser.add_argument_group(
+        "architecture", "Read from the checkpoint; these are checked against it, and used where it does not tell."
+    )
+    add = group.add_argument
+    add("--model", help="DeepFlow or SiT and a size: DeepFlow-B/2, SiT-XL/2, ...")
+    add("--trans-depth", type=number(int, 1), help="transformer blocks")
+    add("--df-idxs", nargs="*", metavar="N", help='blocks after which a branch ends: 8 16 or "[8, 16]"')
+    add("--num-classes", type=number(int, 1), help="classes, without the null class")
+    add("--resolution", type=number(int, 8), help="image side, pixels")
+    add("--path-type", choices=list(PATHS), help="path from data to noise (if nobody tells: linear)")
+    add("--legacy-scaling", action=boolean, help="clamp the time-gap scale to [-5, 5] (if nobody tells: no)")
+    add("--qk-norm", action=boolean, help="queries and keys are normalised")
+    add("--ssl-align", action=boolean, help="the model was trained with SSL alignment")
+    add("--projector-embed-dims", metavar="DIMS", help="feature widths of the SSL encoder, such as 768")
+    add("--fused-attn", action=boolean, help="taken and without effect: attention is always fused")
+    add("--encoder-depth", type=int, help="taken and without effect, as in the official release")
+    return parser
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line (None: the process's own) for `generate.generate`.
+
+    The result has, besides the flags, `method` (of `Settings`) and `command`, the line as it was given.
+
+    Raises:
+        UserError: for an unknown flag, a value that is wrong by itself, or flags that contradict each other.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(arguments)
+    options.command = shlex.join(["generate.py", *map(str, arguments)])
+    options.df_idxs = numbers(options.df_idxs, int, "--df-idxs")
+    options.method = method_of(options)
+    is_sde = options.method in ("sde", "sde-heun")
+    if is_sde and options.num_steps < 2:
+        raise UserError(f"--num-steps is {options.num_steps}: give at least 2 for the SDE")
+    if not is_sde and (options.diffusion_form != "linear" or options.diffusion_norm != 1):
+        raise UserError("--diffusion-form and --diffusion-norm are of the SDE: drop them, or give --mode sde")
+    if options.method == "dopri5" and options.time_shift != 1:
+        raise UserError("--time-shift with --solver dopri5, which chooses its own steps: drop one of them")
+    if options.time_shift in (0, float("inf")):
+        raise UserError(f"--time-shift is {options.time_shift}: give a positive number, 1 for none")
+    if not -float("inf") < options.cfg_scale < float("inf"):
+        raise UserError(f"--cfg-scale is {options.cfg_scale}: give a number")
+    if options.autoguidance_ckpt and options.cfg_scale == 1:
+        raise UserError("--autoguidance-ckpt with --cfg-scale 1, which is no guidance: give a scale, such as 2")
+    if options.guidance_low > options.guidance_high:
+        raise UserError(
+            f"--guidance-low {options.guidance_low} and --guidance-high {options.guidance_high}: they must be ordered"
+        )
+    if options.name is not None and (options.name in ("", ".", "..") or set(options.name) & set("/\\")):
+        raise UserError(f"--name {options.name!r}: give a name without folders; --sample-dir is the folder")
+    return options
+
+
+def method_of(options: argparse.Namespace) -> str:
+    """The sampler that --mode, --solver and --heun mean together; --heun alone is the official release's ODE Heun.
+
+    Raises:
+        UserError: if they contradict each other.
+    """
+    if options.heun and options.solver not in (None, "heun"):
+        raise UserError(f"--heun and --solver {options.solver}: drop one of them")
+    solver = "heun" if options.heun else options.solver or "euler"
+    mode = options.mode or ("sde" if solver == "euler" else "ode")
+    if mode == "ode":
+        return solver
+    if solver == "dopri5":
+        raise UserError("--solver dopri5 with --mode sde: it solves the ODE; give --mode ode")
+    return "sde" if solver == "euler" else "sde-heun"
+
+
+def settings_of(options: argparse.Namespace, metadata: dict[str, Any]) -> Settings:
+    """The sampler's settings for a checkpoint with that metadata.
+
+    Raises:
+        UserError: for a path that is not the checkpoint's, or noise that is too strong for the steps.
+    """
+    trained_on = metadata.get("path_type", options.path_type or "linear")
+    if options.path_type not in (None, trained_on):
+        raise UserError(
+            f"--path-type {options.path_type}, but {options.ckpt} was trained on the {trained_on} path: drop the flag"
+        )
+    if options.method in ("sde", "sde-heun"):
+        sde_schedule(options.num_steps, trained_on, options.diffusion_form, options.diffusion_norm, options.time_shift)
+    return Settings(
+        method=options.method,
+        num_steps=options.num_steps,
+        cfg_scale=options.cfg_scale,
+        guidance_low=options.guidance_low,
+        guidance_high=options.guidance_high,
+        path_type=trained_on,
+        seed=options.global_seed,
+        diffusion_form=options.diffusion_form,
+        diffusion_norm=options.diffusion_norm,
+        time_shift=options.time_shift,
+        precision=options.precision,
+    )
+
+
+def read_checkpoint(options: argparse.Namespace) -> checkpoints.Checkpoint:
+    """The checkpoint that `options` name, of the architecture that its flags, where given, agree with.
+
+    Raises:
+        UserError: for a missing or damaged file, or a flag that contradicts it, naming both values.
+    """
+    preset = model_config(options.model, df_idxs=[]) if options.model else {}
+    fallbacks = {
+        "num_heads": preset.get("num_heads"),
+        "df_idxs": options.df_idxs,
+        "legacy_scaling": options.legacy_scaling,
+    }
+    checkpoint = checkpoints.read(options.ckpt, fallbacks=fallbacks)
+    config = checkpoint.config
+    branches = len(config["df_idxs"]) + 1
+    named = NAME.fullmatch(options.model) if options.model else None
+    claims = [  # flag, what it says, what the file says
+        ("--trans-depth", options.trans_depth, config["depth"]),
+        ("--df-idxs", options.df_idxs, list(config["df_idxs"])),
+        ("--num-classes", options.num_classes, config.get("num_classes", 1000)),
+        ("--legacy-scaling", options.legacy_scaling, config.get("legacy_scaling", False)),
+        ("--qk-norm", options.qk_norm, config.get("qk_norm", False)),
+        ("--ssl-align", options.ssl_align, bool(config.get("ssl_dim"))),
+    ]
+    for flag, said, found in claims:
+        if said is not None and said != found:
+            no = "no-" if said is False else ""
+            value = "" if isinstance(said, bool) else f" {said}"
+            raise UserError(f"--{no}{flag[2:]}{value}, but {options.ckpt} has {flag[2:]} {found}: drop the flag")
+    sizes = {key: config[key] for key in ("hidden_size", "num_heads")}
+    if named and any(preset[key] != size for key, size in sizes.items()):
+        raise UserError(
+            f"--model {options.model} has width {preset['hidden_size']} and {preset['num_heads']} heads, but "
+            f"{options.ckpt} has width {sizes['hidden_size']} and {sizes['num_heads']} heads: drop the flag"
+        )
+    named_branches = 1 if named and named["kind"] == "SiT" else int(named["branches"] or 0) if named else 0
+    if named_branches and named_branches != branches:
+        raise UserError(
+            f"--model {options.model} has {named_branches} branches, but {options.ckpt} has {branches}: drop the flag"
+        )
+    widths = [word.strip() for word in (options.projector_embed_dims or "").split(",")]
+    if options.projector_embed_dims and config.get("ssl_dim") and str(config["ssl_dim"]) not in widths:
+        raise UserError(
+            f"--projector-embed-dims {options.projector_embed_dims}, but {options.ckpt} has {config['ssl_dim']}: "
+            "drop the flag"
+        )
+    return checkpoint
+
+
+def default_name(options: argparse.Namespace, settings: Settings, metadata: dict[str, Any]) -> str:
+    """A file name that holds all that changes the result: two runs, or two settings, have two names."""
+    steps = "" if settings.method == "dopri5" else f"{settings.num_steps}"
+    parts = [run_name(options.ckpt), f"step{metadata['step']}" if "step" in metadata else "", settings.method + steps]
+    if (settings.diffusion_form, settings.diffusion_norm) != ("linear", 1):
+        parts.append(f"w{settings.diffusion_form}{settings.diffusion_norm:g}")
+    if settings.time_shift != 1:
+        parts.append(f"shift{settings.time_shift:g}")
+    if settings.cfg_scale != 1:
+        parts.append(f"cfg{settings.cfg_scale:g}-from{settings.guidance_low:g}-to{settings.guidance_high:g}")
+    if options.autoguidance_ckpt:
+        where = hashlib.sha256(str(checkpoints.file_of(options.autoguidance_ckpt).resolve()).encode()).hexdigest()[:6]
+        parts.append(f"by-{run_name(options.autoguidance_ckpt)}-{where}")
+    if "path_type" not in metadata and options.path_type:
+        parts.append(options.path_type)
+    if options.legacy_scaling:
+        parts.append("legacy")
+    if options.df_idxs:
+        parts.append("df" + "+".join(map(str, options.df_idxs)))
+    if options.vae:
+        parts.append(f"vae_{Path(options.vae).name}")
+    if settings.precision != "no":
+        parts.append(settings.precision)
+    parts += ["" if options.tf32 else "notf32", "compiled" if options.compile else ""]
+    classes = options.classes.replace(",", "+").replace(" ", "+")
+    if len(classes) > 40:
+        classes = f"classes_{hashlib.sha256(classes.encode()).hexdigest()[:8]}"
+    parts += [classes, f"n{options.num_fid_samples}", f"seed{settings.seed}"]
+    return "-".join(part for part in parts if part)
+
+
+def run_name(ckpt: str) -> str:
+    """The name of a checkpoint's run: its folder's, or the file's own."""
+    path = checkpoints.file_of(ckpt).resolve()
+    folders = [folder.name for folder in path.parents if folder.name != "checkpoints" and folder.name[:5] != "step-"]
+    return folders[0] if path.name == checkpoints.EMA_NAME else path.stem

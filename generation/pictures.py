@@ -1,0 +1,44 @@
+"""Samples to look at: a grid by class, and a folder of PNG files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from files import written_aside
+from generation.sample_file import SampleFile
+
+
+def save_grid(
+    read: Callable[[int], np.ndarray], labels: np.ndarray, names: Sequence[str], png: Path, per_class: int = 10
+) -> None:
+    """A picture with one row a class, for up to ten classes: its name and its first images.
+
+    Args:
+        read: gives image i, uint8 (H, H, 3); asked only for those that are shown.
+        labels: class ids, (N,).
+        names: class names by id; the id stands in for a missing name.
+        png: where to write.
+        per_class: images in a row.
+    """
+    classes = np.unique(labels)[:10]
+    rows = [np.flatnonzero(labels == label)[:per_class] for label in classes]
+    side, text_width = len(read(int(rows[0][0]))), 150
+    picture = Image.new("RGB", (text_width + side * max(map(len, rows)), side * len(rows)), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, (label, members) in enumerate(zip(classes, rows, strict=True)):
+        name = names[label] if label < len(names) else f"class {label}"
+        draw.text((6, row * side + side // 2), name, fill="black", anchor="lm")
+        for column, i in enumerate(members):
+            picture.paste(Image.fromarray(read(int(i))), (text_width + column * side, row * side))
+    with written_aside(png) as aside:
+        picture.save(aside, format="png")
+
+
+def save_pngs(samples: SampleFile, indices: Sequence[int], folder: Path) -> None:
+    """Write images as `folder`/000000.png and so on, the official release's names, lossless."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in indices:
+        with written_aside(folder / f"{index:06d}.png") as aside:
+            Image.fromarray(samples.read(index)).save(aside, format="png", compress_level=1)

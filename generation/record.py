@@ -1,0 +1,74 @@
+"""The record beside samples: all that is needed to repeat them, and by which a continued run knows its own."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from errors import UserError
+from files import file_sha256
+from models import checkpoints
+
+CIRCUMSTANCES = ("checkpoint", "autoguidance", "vae", "command", "device")  # told in the record, but free to differ
+
+
+def describe_sources(
+    options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, guide: checkpoints.Checkpoint | None
+) -> dict[str, Any]:
+    """The networks' part of the record."""
+    sources = {
+        "checkpoint": str(options.ckpt),
+        "checkpoint_sha256": file_sha256(checkpoints.file_of(options.ckpt)),
+        "checkpoint_metadata": checkpoint.metadata,
+        "architecture": checkpoint.config,
+    }
+    if guide is not None:
+        sources |= {
+            "autoguidance": str(options.autoguidance_ckpt),
+            "autoguidance_sha256": file_sha256(checkpoints.file_of(options.autoguidance_ckpt)),
+            "autoguidance_architecture": guide.config,
+        }
+    else:
+        sources["autoguidance_sha256"] = None
+    return sources
+
+
+def describe_machine(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What decides the rounding, as the record tells it: the kind of device, versions, arithmetic."""
+    is_cuda = device.type == "cuda"
+    return {
+        "device_type": device.type,
+        "device": torch.cuda.get_device_name(device) if is_cuda else torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "tf32": options.tf32,
+        "compile": options.compile,
+    }
+
+
+def require_same(record: dict[str, Any], found: dict[str, Any], path: Path, overwrite: bool) -> bool:
+    """Whether what stands at `path`, made as `found` tells, is what `record` asks for.
+
+    Raises:
+        UserError: if it is not and may not be replaced, naming the first difference.
+    """
+    record = json.loads(json.dumps(record))
+    different = [key for key in record if key not in CIRCUMSTANCES and found.get(key) != record[key]]
+    if different and not overwrite:
+        key = different[0]
+        raise UserError(
+            f"{path} was made with {key} {found.get(key, 'unknown')}, now it is {record[key]}: "
+            "choose another --name, or --overwrite"
+        )
+    return not different
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record beside finished samples; empty if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

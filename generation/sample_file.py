@@ -1,0 +1,195 @@
+"""The `.npz` of samples, written in place: no second copy, memory independent of the number of images.
+
+An uncompressed zip puts the images of `arr_0` at a place that is known before the first image is. So any number of
+processes write theirs straight there, in any order:
+
+    NAME.npz.part         the zip to be, its images at their final places
+    NAME.npz.progress     one line of JSON, what is being made; then one byte a block of images, 1 when it is done
+
+The end is one sequential read for the checksum, the labels and the zip's directory, and a rename. All of it is the same
+bytes for the same images: dates are fixed. Images are written by `pwrite`; mapped pages would count as memory.
+"""
+
+import io
+import json
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from errors import UserError
+
+READ_AT_ONCE = 1 << 24  # bytes
+
+
+class SampleFile:
+    """The file of samples that is to be, or is, at `npz`. Opens nothing before it is asked to.
+
+    Args:
+        npz: the file when it is complete.
+        shape: of `arr_0`, (N, H, W, 3), uint8.
+        block_size: images of a block, the unit of what is done.
+    """
+
+    def __init__(self, npz: Path, shape: Sequence[int], block_size: int) -> None:
+        self.npz, self.shape = npz, tuple(shape)
+        self.part, self.progress = npz.with_name(f"{npz.name}.part"), npz.with_name(f"{npz.name}.progress")
+        self.block_size, self.blocks = block_size, math.ceil(shape[0] / block_size)
+        self.image_bytes = math.prod(shape[1:])
+        self.npy_header = npy_header(self.shape)
+        self.offset = len(self._zip_info(0).FileHeader()) + len(self.npy_header)  # of the first image
+        self.end = self.offset + self.shape[0] * self.image_bytes  # of the last
+        self._path, self._file = self.part, None
+
+    def begun(self) -> dict[str, Any] | None:
+        """What an unfinished file of this name was begun as: the record `begin` was given; None if there is no such."""
+        try:
+            record = json.loads(self._read_progress()[0])
+        except (OSError, ValueError):
+            return None
+        return record if self.part.is_file() and isinstance(record, dict) else None
+
+    def is_cut_off(self) -> bool:
+        """Whether the unfinished file has lost its end, and with it images that are marked as done."""
+        return self.part.stat().st_size < self.end
+
+    def begin(self, record: dict[str, Any]) -> None:
+        """Make an empty unfinished file, in place of any other. For one process, while no other has it open."""
+        self.progress.unlink(missing_ok=True)
+        with self.part.open("wb") as file:
+            file.write(self._zip_info(0).FileHeader() + self.npy_header)
+            file.truncate(self.end)
+        aside = self.progress.with_name(f".{self.progress.name}.part")
+        aside.write_bytes(json.dumps(record).encode() + b"\n" + bytes(self.blocks))
+        aside.replace(self.progress)
+
+    def missing(self) -> list[int]:
+        """The blocks that are not done."""
+        done = self._read_progress()[1]
+        return [block for block in range(self.blocks) if done[block : block + 1] != b"\x01"]
+
+    def indices(self, blocks: Iterable[int]) -> list[int]:
+        """The numbers of the images of some blocks."""
+        count, size = self.shape[0], self.block_size
+        return [i for block in blocks for i in range(block * size, min((block + 1) * size, count))]
+
+    def write(self, indices: Sequence[int], images: np.ndarray) -> None:
+        """Put images, uint8 (n, H, W, 3), to their places, and mark their blocks, which they must fill.
+
+        A block is marked only after its images are on the disk.
+
+        Raises:
+            UserError: if the disk does not take them.
+        """
+        try:
+            file = self._open()
+            for index, image in zip(indices, np.ascontiguousarray(images), strict=True):
+                write_all(file, memoryview(image).cast("B"), self.offset + int(index) * self.image_bytes)
+            os.fsync(file)
+            marks = os.open(self.progress, os.O_WRONLY)
+            try:
+                first = len(self._read_progress()[0])
+                for block in sorted({int(index) // self.block_size for index in indices}):
+                    write_all(marks, b"\x01", first + block)
+            finally:
+                os.close(marks)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.part}: {error.strerror}; what is done is kept, the same command continues"
+            ) from error
+
+    def read(self, index: int) -> np.ndarray:
+        """An image, (H, W, 3): a written one of the unfinished file, or after `use_finished` any."""
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(index)
+        data = os.pread(self._open(), self.image_bytes, self.offset + int(index) * self.image_bytes)
+        return np.frombuffer(data, np.uint8).reshape(self.shape[1:])
+
+    def complete(self, labels: np.ndarray) -> None:
+        """Make the unfinished file, all of whose blocks are done, a whole `.npz`, with `arr_1` = `labels`.
+
+        For one process, and then `publish`. Killed in between, it can be called again.
+
+        Raises:
+            UserError: if the disk does not take it.
+        """
+        self.close()
+        try:
+            with self.part.open("r+b") as file:
+                file.truncate(self.end)
+                header = len(self._zip_info(0).FileHeader())
+                file.seek(header)
+                checksum = 0
+                while data := file.read(READ_AT_ONCE):
+                    checksum = zlib.crc32(data, checksum)
+                images = self._zip_info(checksum)
+                file.seek(0)
+                file.write(images.FileHeader())
+                file.seek(self.end)
+                with zipfile.ZipFile(file, "w") as archive:
+                    archive.filelist.append(images)
+                    member = io.BytesIO()
+                    np.lib.format.write_array(member, labels, allow_pickle=False)
+                    archive.writestr(zip_info("arr_1.npy"), member.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot finish {self.part}: {error.strerror}; the same command continues") from error
+
+    def publish(self) -> None:
+        """Give the complete file its name. For one process."""
+        self.part.replace(self.npz)
+        self.progress.unlink(missing_ok=True)
+
+    def use_finished(self) -> None:
+        """From here on `read` reads the finished file."""
+        self.close()
+        self._path = self.npz
+
+    def close(self) -> None:
+        """Close what `write` and `read` opened; they may be called again."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> int:
+        if self._file is None:
+            self._file = os.open(self._path, os.O_RDWR if self._path == self.part else os.O_RDONLY)
+        return self._file
+
+    def _read_progress(self) -> tuple[bytes, bytes]:
+        """The line that tells what is being made, with its end, and the blocks' bytes."""
+        head, newline, done = self.progress.read_bytes().partition(b"\n")
+        return head + newline, done
+
+    def _zip_info(self, checksum: int) -> zipfile.ZipInfo:
+        info = zip_info("arr_0.npy")
+        info.header_offset, info.CRC = 0, checksum
+        info.file_size = info.compress_size = len(self.npy_header) + self.shape[0] * self.image_bytes
+        return info
+
+
+def zip_info(name: str) -> zipfile.ZipInfo:
+    """A stored member of a zip, with a fixed date (`ZipInfo`'s default), so that the same content is the same bytes."""
+    info = zipfile.ZipInfo(name)
+    info.external_attr = 0o644 << 16
+    return info
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """What precedes the data of an uint8 array in an `.npy` file."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
+    """`pwrite` until all is written."""
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
