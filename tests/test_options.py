@@ -73,6 +73,11 @@ ELSEWHERE = {
     "--preview-cfg-scale": "test_previews_are_pictures",
     **dict.fromkeys(["--preview-reference", "--preview-features"], "test_previews_are_scored"),
     "--preview-feature-weights": "test_previews_are_scored",
+    **dict.fromkeys(["--ssl-align", "--enc-type"], "test_images_and_features_train_alike_and_the_cosine_rises"),
+    "--ssl-features": "test_images_and_features_train_alike_and_the_cosine_rises",
+    "--enc-weights": "test_several_encoders_at_once",
+    "--proj-coeff": "test_images_and_features_train_alike_and_the_cosine_rises",
+    "--repa-depth": "test_a_sit_is_aligned_after_the_block_that_is_named",
 }
 
 

@@ -124,6 +124,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
             f"{network.num_branches} branches: give one weight each"
         )
     images = ASSUMED_IMAGES if data is None else len(data)
+    experiment = {name: getattr(options, name) for name in EXPERIMENT}
     run = Path(options.output_dir) / options.exp_name
     return Plan(
         run=run,
@@ -133,20 +134,24 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         features=features,
         config=network.config,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        experiment={name: getattr(options, name) for name in EXPERIMENT} | network.config | {"data": identity(data)},
+        experiment={name: getattr(options, name) for name in EXPERIMENT}
+        | network.config
+        | {"data": identity(data, features)},
         total_steps=min(options.max_train_steps, math.ceil(options.epochs * images / options.batch_size)),
         micro_batch=options.batch_size // parts,
         resume_from=checkpointing.find(run, options.resume, options.resume_step),
     )
 
 
-def identity(data: LatentData | None) -> str | None:
-    """What tells one dataset from another, wherever it lies."""
+def identity(data: LatentData | None, features: Sequence[PackedFeatures]) -> str | None:
+    """What tells one dataset, with the features of its images, from another, wherever they lie."""
     if data is None:
         return None
     contents = dict(data.manifest)
     if contents["vae_sha256"] is not None:
         del contents["vae"]  # that is only a name, the checksum decides
+    if features:
+        contents["features"] = [packed.manifest["weights_sha256"] for packed in features]
     digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     return f"{len(data)} samples, {digest[:12]}"
 
