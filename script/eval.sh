@@ -18,4 +18,4 @@ fi
 # A pipe fails with any of its programs (pipefail), and with it this script (-e).
 samples=$(bash script/launch.sh generate.py --ckpt "$CKPT" "$@" | tee >(cat >&2) | sed -n 's/^samples: //p')
 [ -e "$REF" ] || exit 0
-exec python evaluate.py "$REF" "$samples" --json "${samples%.npz}-metrics.json"
+exec bash script/launch.sh evaluate.py "$REF" "$samples" --json "${samples%.npz}-metrics.json"

@@ -134,9 +134,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         features=features,
         config=network.config,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        experiment={name: getattr(options, name) for name in EXPERIMENT}
-        | network.config
-        | {"data": identity(data, features)},
+        experiment=experiment | network.config | {"data": identity(data, features)},
         total_steps=min(options.max_train_steps, math.ceil(options.epochs * images / options.batch_size)),
         micro_batch=options.batch_size // parts,
         resume_from=checkpointing.find(run, options.resume, options.resume_step),
