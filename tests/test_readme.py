@@ -28,6 +28,8 @@ def test_every_flag_of_train_is_in_the_table():
 def test_every_flag_mentioned_exists():
     known = flags_of(options.build_parser()) | flags_of(generate.build_parser()) | flags_of(evaluate.build_parser())
     known |= {
+        "--encoder",
+        "--every",
         "--dtype",
         "--source",
         "--dest",
