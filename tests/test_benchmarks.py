@@ -2,12 +2,13 @@
 
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 from sample_data import contents
 
-from benchmarks import data_loading, evaluation, ssl_alignment
+from benchmarks import data_loading, evaluation, sample_file, ssl_alignment
 from dataset import PackedLatents
 
 
@@ -58,3 +59,20 @@ def test_ssl_alignment_measures_every_kind_of_step(tmp_path, monkeypatch, capsys
     assert results["no alignment"]["times_plain"] == 1 and all(result["seconds"] > 0 for result in results.values())
     assert "encoder at work" in capsys.readouterr().out
     assert list(contents(tmp_path)) == ["f.json"]
+
+
+def test_the_file_of_samples_is_measured_and_read_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample_file, "SIDE", 8)
+    npz = tmp_path / "samples.npz"
+    sample_file.stream(npz, 100)
+    assert sample_file.check(npz, 100) == 1  # the first of two batches is compared
+    with np.load(npz) as streamed:
+        images = streamed["arr_0"]
+    sample_file.hold(npz, 100)
+    with np.load(npz) as held:
+        assert (held["arr_0"] == images).all()
+    with npz.open("r+b") as file:  # damage is noticed
+        file.seek(1000)
+        file.write(b"damage")
+    with pytest.raises(zipfile.BadZipFile):
+        sample_file.check(npz, 100)
