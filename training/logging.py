@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from files import write_text, written_aside
+from files import naming, write_text, written_aside
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
@@ -156,7 +156,7 @@ def make_accelerator(options: argparse.Namespace, run: Path) -> Accelerator:
 
 def append_metrics(run: Path, entry: dict[str, Any]) -> None:
     """Add one entry to `metrics.jsonl`."""
-    with (run / METRICS).open("a", encoding="utf-8") as file:
+    with naming(run / METRICS), (run / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
