@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from training_runs import ROOT, metrics_of, tiny_command
 
 import train
+from errors import UserError
 from models import checkpoints
 from training import options as train_options
 from training.options import build_parser, parse_options
@@ -198,4 +199,12 @@ def test_mistakes_are_one_line_and_write_nothing(command, tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert exit.value.code == 2
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sharding_with_a_torch_that_cannot_is_refused(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.plan.is_sharded", lambda: True)
+    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
+    with pytest.raises(UserError, match=r"needs torch 2\.6 or newer"):
+        start()
     assert list(tmp_path.iterdir()) == []

@@ -132,7 +132,8 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
     for name, given in experiment.items():
         if had[name] != given:
             raise UserError(
-                f"{folder} was made with {name} {had[name]}, now it is {given}: restore it, or choose another --exp-name"
+                f"{folder} was made with {name} {had[name]}, now it is {given}: restore it, or choose another "
+                "--exp-name"
             )
     with telling_damage(folder):
         return TrainingState(
@@ -180,8 +181,8 @@ def find(run: Path, resume: str, resume_step: int | None) -> Path | None:
         raise UserError(f"--resume none, but {run} has checkpoints up to step {steps[-1]}: choose another --exp-name")
     if not steps and (run / model_files.EMA_NAME).exists():
         raise UserError(
-            f"{run} holds the {model_files.EMA_NAME} of a finished run, and no checkpoint to go on from: choose another "
-            "--exp-name"
+            f"{run} holds the {model_files.EMA_NAME} of a finished run, and no checkpoint to go on from: choose "
+            "another --exp-name"
         )
     return folder_of(run, steps[-1]) if steps else None
 
