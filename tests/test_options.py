@@ -139,6 +139,15 @@ def test_reports_go_to_the_logging_folder(start, tmp_path):
     assert metrics_of(tmp_path / "run")  # and to metrics.jsonl always
 
 
+def test_weights_and_biases_without_a_login_records_offline_and_says_nothing_of_it(start, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    start("--report-to", "wandb", steps=2)
+    assert list((tmp_path / "run" / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "deprecated" not in capfd.readouterr().err  # what W&B is going to drop would end a run one day
+
+
 def test_every_flag_is_explained_and_read():
     source = "".join(path.read_text() for path in (ROOT / "train.py", *(ROOT / "training").glob("*.py")))
     for action in build_parser()._actions:

@@ -1,6 +1,7 @@
 """A run's records: resolved options, `metrics.jsonl`, the loss curve."""
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -146,12 +147,20 @@ def make_accelerator(options: argparse.Namespace, run: Path) -> Accelerator:
     settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
     keywords = {}
     if tracker == "wandb":
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-        keywords = {"wandb": {"name": options.exp_name, "dir": str(folder), "mode": mode}}
+        keywords = {"wandb": {"name": options.exp_name, "dir": str(folder), "mode": wandb_mode()}}
     accelerator.init_trackers("deepflow", settings, keywords)
     return accelerator
+
+
+def wandb_mode() -> str:
+    """`WANDB_MODE`, else `online` if Weights & Biases knows a login; it is not asked for one."""
+    import wandb
+
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return "online" if wandb.login(prompt=False, verify=False) else "offline"
+    return "online" if wandb.api.api_key else "offline"  # of older versions; newer ones are to drop it
 
 
 def append_metrics(run: Path, entry: dict[str, Any]) -> None:
