@@ -338,6 +338,16 @@ def test_a_disk_that_is_full_at_the_end_is_one_line(start, command, tmp_path, mo
     assert not list((tmp_path / "run").glob("*ema*"))
 
 
+def test_what_a_power_failure_left_of_the_metrics_keeps_no_run_from_going_on(start, tmp_path):
+    start(steps=4)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    metrics.write_bytes(first + bytes(len(second) - 1) + b"\n" + b"\xff\n[]\n" + second[:9])
+    start(steps=6)
+    assert [entry["step"] for entry in metrics_of(tmp_path / "run")] == [2, 6]
+
+
 def test_metrics_on_a_full_disk_are_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as error:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,14 @@ def write_options(run: Path, options: dict[str, Any], config: dict[str, Any]) ->
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Entries of `metrics.jsonl`, oldest first; a last line cut short by a crash is left out."""
+    """Entries of `metrics.jsonl`, oldest first; lines that a crash or a power failure damaged are left out."""
     file = run / METRICS
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    entries = []
+    for line in lines:
+        with suppress(ValueError):  # no JSON: a log must not keep a run from going on
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
 def truncate_metrics(run: Path, logged_step: int, step: int) -> None:
