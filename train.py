@@ -292,7 +292,8 @@ def train(options: argparse.Namespace) -> bool:
         where = f"weights {run / checkpoints.EMA_NAME}{f', loss curves {curves}' if curves else ''}"
         print(f"done after {step} steps: {where}")
     elif is_main:
-        print(f"stopped by a signal and saved at step {step}: the same command goes on from there")
+        again = "the same command without --resume-step" if options.resume_step else "the same command"
+        print(f"stopped by a signal and saved at step {step}: {again} goes on from there")
     accelerator.end_training()
     return finished
 

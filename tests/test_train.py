@@ -67,6 +67,14 @@ def test_ten_steps_equal_five_that_ended_and_five_more(start, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_run_taken_back_and_stopped_says_how_to_go_on(start, tmp_path, monkeypatch, capsys):
+    start("--checkpointing-steps", "2", steps=4)
+    monkeypatch.setattr(EMA, "update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert not start("--resume-step", "2")
+    # The same command would set the checkpoint aside that it has just written.
+    assert "saved at step 4: the same command without --resume-step goes on from there" in capsys.readouterr().out
+
+
 def test_steps_after_the_last_checkpoint_are_repeated_not_logged_twice(start, tmp_path, monkeypatch):
     start(name="whole")
     update = EMA.update
