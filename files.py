@@ -8,14 +8,28 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """Gives a place beside `path` to write to; renamed to `path` at the end, removed if the writing failed."""
+    """Gives a place beside `path` to write to; renamed to `path` at the end, removed if the writing failed.
+
+    Raises `OSError`, which names the file even where the system does not, as on a full disk.
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.part")
     try:
-        yield aside
+        with naming(path):
+            yield aside
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Around the writing of one file: every `OSError` names it, so that the message can tell what was not written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:

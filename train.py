@@ -90,6 +90,11 @@ def train(options: argparse.Namespace) -> bool:
     run, data, config, total_steps = plan.run, plan.data, plan.config, plan.total_steps
     saved = checkpointing.load(plan.resume_from, plan.experiment) if plan.resume_from else None
     step = saved.step if saved else 0
+    if len(steps := set(gather_object([step]))) > 1:
+        raise UserError(
+            f"the processes found different checkpoints of {run}, of steps {', '.join(map(str, sorted(steps)))}: "
+            "give an --output-dir on a disk that all machines see"
+        )
     work = measure(plan, options) if is_main else None
     if is_main:
         print(describe(plan, options, work, world, device, step), flush=True)
@@ -317,7 +322,8 @@ def train(options: argparse.Namespace) -> bool:
         where = f"weights {run / checkpoints.EMA_NAME}{f', loss curves {curves}' if curves else ''}"
         print(f"done after {step} steps: {where}")
     elif is_main:
-        print(f"stopped by a signal and saved at step {step}: the same command goes on from there")
+        again = "the same command without --resume-step" if options.resume_step else "the same command"
+        print(f"stopped by a signal and saved at step {step}: {again} goes on from there")
     accelerator.end_training()
     return finished
 
@@ -368,12 +374,16 @@ def describe_failure(step: int, bad_terms: list[str], grad_norm: float, run: Pat
 
 @exits_on_user_error
 def main() -> None:
-    """The command line: exit code 0 when done, 1 on a loss that is not finite, 2 on a mistake, 143 on a signal."""
+    """The command line: exit code 0 when done, 1 on a loss that is not finite, 2 on a mistake, 143 on a signal.
+
+    What all processes agree on, the first one's code tells: a launcher ends the others as soon as one has failed, which
+    must not be before the first has said why and finished its reports.
+    """
     try:
         finished = train(parse_options())
     except NonFiniteLoss as error:
-        sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
-    if not finished:
+        sys.exit(f"error: {error}" if PartialState().is_main_process else 0)
+    if not finished and PartialState().is_main_process:
         sys.exit(STOPPED_BY_SIGNAL)
 
 

@@ -5,7 +5,9 @@ class the official files contain, allowed.
 """
 
 import argparse
+import errno
 import json
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -40,12 +42,22 @@ class Checkpoint(NamedTuple):
 def save(
     path: str | Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> None:
-    """Write weights, architecture and JSON-able metadata into one safetensors file, aside and then renamed."""
+    """Write weights, architecture and JSON-able metadata into one safetensors file, aside and then renamed.
+
+    Raises:
+        OSError: naming the file, if it cannot be written, for example on a full disk.
+    """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     # One entry: safetensors writes several in random order, and equal checkpoints would differ in their bytes.
     header = {HEADER: json.dumps({"config": dict(config), "metadata": dict(metadata)})}
     with written_aside(path) as aside:
-        save_file(tensors, aside, metadata=header)
+        try:
+            save_file(tensors, aside, metadata=header)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        umask = os.umask(0)
+        os.umask(umask)
+        aside.chmod(0o666 & ~umask)  # safetensors makes it readable by its owner alone
 
 
 def load(path: str | Path, **overrides: Any) -> DeepFlow:

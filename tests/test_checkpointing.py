@@ -111,6 +111,13 @@ def test_where_a_run_begins(tmp_path, network):
         find(tmp_path, "none", None)
 
 
+def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path):
+    (tmp_path / "ema.safetensors").touch()
+    for resume in ("auto", "none"):
+        with pytest.raises(UserError, match="of a finished run, and no checkpoint"):
+            find(tmp_path, resume, None)
+
+
 def test_later_checkpoints_are_set_aside_not_lost(tmp_path, network):
     for step in (5, 10, 15):
         save(tmp_path, network, step)
@@ -128,9 +135,17 @@ def test_damage_is_told_in_one_line(tmp_path, network, name, damage):
     folder = save(tmp_path, network, 5)
     file = folder / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]) if damage == "truncated" else file.unlink()
-    with pytest.raises(UserError, match="step-0000005") as error:
+    with pytest.raises(UserError, match=r"step-0000005 is damaged.*: delete it, and the run resumes") as error:
         checkpointing.load(folder, EXPERIMENT)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"step": 5, "averages": ["0.9"], "experiment": []}', "null"])
+def test_a_summary_of_another_kind_is_damage(tmp_path, network, content):
+    folder = save(tmp_path, network, 5)
+    (folder / "state.json").write_text(content)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpointing.load(folder, EXPERIMENT)
 
 
 class Malicious:

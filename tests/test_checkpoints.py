@@ -1,5 +1,6 @@
 import argparse
 import json
+import os
 
 import pytest
 import torch
@@ -205,3 +206,12 @@ def test_missing_files_and_unknown_widths_are_user_errors(tmp_path, model):
         checkpoints.load(official(tmp_path / "x.pt", model))
     with pytest.raises(UserError, match=r"1 VeRA blocks, but df_idxs is \[1, 2\]"):
         checkpoints.load(tmp_path / "x.pt", num_heads=2, df_idxs=[1, 2])
+
+
+def test_files_are_readable_by_whom_the_umask_lets(tmp_path, golden_config, golden_weights):
+    previous = os.umask(0o027)
+    try:
+        checkpoints.save(tmp_path / "a.safetensors", golden_weights, golden_config, {})
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640

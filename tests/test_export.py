@@ -38,9 +38,11 @@ def test_a_run_is_exported_in_half_precision_with_its_card(start, tmp_path, monk
 
 def test_mistakes(start, tmp_path):
     start(steps=1)
+    (tmp_path / "card.md").write_text("mine")
     for source, dest, message in [
         (tmp_path / "none", tmp_path / "a.safetensors", "no checkpoint at"),
         (tmp_path / "run", tmp_path / "run" / "ema.safetensors", "does not exist yet"),
+        (tmp_path / "run", tmp_path / "card.safetensors", r"card\.md, which exists"),
         (tmp_path / "run", tmp_path / "a.pt", "expected the name of a .safetensors"),
         (tmp_path / "run", tmp_path / "none" / "a.safetensors", "folder does not exist"),
     ]:

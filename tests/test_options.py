@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from training_runs import ROOT, metrics_of, tiny_command
 
 import train
+from errors import UserError
 from models import checkpoints
 from training import options as train_options
 from training.options import build_parser, parse_options
@@ -143,6 +144,15 @@ def test_reports_go_to_the_logging_folder(start, tmp_path):
     assert metrics_of(tmp_path / "run")  # and to metrics.jsonl always
 
 
+def test_weights_and_biases_without_a_login_records_offline_and_says_nothing_of_it(start, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    start("--report-to", "wandb", steps=2)
+    assert list((tmp_path / "run" / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "deprecated" not in capfd.readouterr().err  # what W&B is going to drop would end a run one day
+
+
 def test_every_flag_is_explained_and_read():
     source = "".join(path.read_text() for path in (ROOT / "train.py", *(ROOT / "training").glob("*.py")))
     for action in build_parser()._actions:
@@ -203,4 +213,12 @@ def test_mistakes_are_one_line_and_write_nothing(command, tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert exit.value.code == 2
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sharding_with_a_torch_that_cannot_is_refused(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.plan.is_sharded", lambda: True)
+    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
+    with pytest.raises(UserError, match=r"needs torch 2\.6 or newer"):
+        start()
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sample_data import start as start_process
 from training_runs import COUNT, assert_same_run, metrics_of, spoil, write_dataset
 
 import train
@@ -17,6 +19,7 @@ from errors import UserError
 from loss import DeepFlowLoss
 from models import checkpoints
 from preprocessing.pack import pack
+from training import logging
 from training.checkpointing import saved_steps
 from training.ema import EMA
 from training.guard import LossScale
@@ -62,6 +65,14 @@ def test_ten_steps_equal_five_that_ended_and_five_more(start, tmp_path):
     assert [entry["step"] for entry in metrics_of(tmp_path / "parts")] == [2, 4, 5]
     start(name="parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_taken_back_and_stopped_says_how_to_go_on(start, tmp_path, monkeypatch, capsys):
+    start("--checkpointing-steps", "2", steps=4)
+    monkeypatch.setattr(EMA, "update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert not start("--resume-step", "2")
+    # The same command would set the checkpoint aside that it has just written.
+    assert "saved at step 4: the same command without --resume-step goes on from there" in capsys.readouterr().out
 
 
 def test_steps_after_the_last_checkpoint_are_repeated_not_logged_twice(start, tmp_path, monkeypatch):
@@ -311,3 +322,42 @@ def test_a_signal_has_its_own_exit_code(command, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         train.main()
     assert exit.value.code == 143
+
+
+def limited(work, *arguments):
+    """Exit code of `work` in a process that may write no file of more than 3 MB, as if the disk were full then."""
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+        work(*arguments)
+
+    process = start_process(run)
+    process.join()
+    return process.exitcode
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line(start, command, tmp_path, monkeypatch, capfd):
+    start(steps=1)
+    (tmp_path / "run" / "ema.safetensors").unlink()
+    monkeypatch.setattr(sys, "argv", ["train.py", *command(steps=1)])
+    assert limited(train.main) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'run' / 'ema.safetensors'}: ") and "too large" in error.lower()
+    assert not list((tmp_path / "run").glob("*ema*"))
+
+
+def test_what_a_power_failure_left_of_the_metrics_keeps_no_run_from_going_on(start, tmp_path):
+    start(steps=4)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    metrics.write_bytes(first + bytes(len(second) - 1) + b"\n" + b"\xff\n[]\n" + second[:9])
+    start(steps=6)
+    assert [entry["step"] for entry in metrics_of(tmp_path / "run")] == [2, 6]
+
+
+def test_metrics_on_a_full_disk_are_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as error:
+        logging.append_metrics(tmp_path, {"step": 1})
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")  # errors without a name end in a traceback

@@ -82,6 +82,57 @@ def test_a_signal_to_one_process_stops_and_saves_all(command, tmp_path):
     assert f"stopped by a signal and saved at step {step}" in out and run.returncode != 0
 
 
+ENDS_LATE = """
+import os, signal, sys, time
+import train
+from accelerate import Accelerator
+from training.ema import EMA
+
+end, update = Accelerator.end_training, EMA.update
+
+def slow_end(accelerator):  # as a tracker that has much to send
+    time.sleep(3 * (accelerator.process_index == 0))
+    end(accelerator)
+
+def interrupted(ema, model, step):
+    os.kill(os.getpid(), signal.SIGTERM)
+    update(ema, model, step)
+
+Accelerator.end_training, EMA.update = slow_end, interrupted
+try:
+    train.main()
+finally:
+    if os.environ["RANK"] == "0":
+        open(sys.argv[sys.argv.index("--output-dir") + 1] + "/first-ended", "w")
+"""
+
+
+def test_no_process_leaves_with_an_error_before_the_first_has_finished_its_reports(torchrun, tmp_path):
+    """The launcher ends all others then, and what the first had still to report would be lost."""
+    (tmp_path / "ends_late.py").write_text(ENDS_LATE)
+    torchrun(program=tmp_path / "ends_late.py", code=1)  # torchrun's own code for any failure
+    assert (tmp_path / "first-ended").exists() and saved_steps(tmp_path / "run") == [2]
+
+
+ON_TWO_DISKS = """
+import os, sys
+import train
+
+where = sys.argv.index("--output-dir") + 1
+sys.argv[where] += "/disk" + os.environ["RANK"]
+train.main()
+"""
+
+
+def test_machines_that_do_not_share_the_disk_are_told(torchrun, start, tmp_path):
+    """The second would begin anew beside a first that resumes."""
+    start("--output-dir", tmp_path / "disk0", steps=2)
+    (tmp_path / "two_disks.py").write_text(ON_TWO_DISKS)
+    error = torchrun(program=tmp_path / "two_disks.py", code=1)
+    assert f"found different checkpoints of {tmp_path / 'disk0' / 'run'}, of steps 0, 2: give an --output-dir" in error
+    assert [entry["step"] for entry in metrics_of(tmp_path / "disk0" / "run")] == [2]
+
+
 def test_gradients_of_two_processes_are_those_of_one(torchrun, start, tmp_path):
     """After one step AdamW's first moment is a tenth of the gradient."""
     start(name="one", steps=1)

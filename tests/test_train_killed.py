@@ -82,12 +82,14 @@ def test_deleting_old_checkpoints_is_safe_at_any_moment(tmp_path, monkeypatch, l
         (folder / str(number)).write_bytes(b"x")
 
     def cut_short(path, **_):
+        if not path.exists():  # what an earlier deletion might have left
+            return
         for file in sorted(path.iterdir())[: int(4 * late)]:
             file.unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpointing.shutil, "rmtree", cut_short)
-    with pytest.raises((KeyboardInterrupt, FileNotFoundError)):
+    with pytest.raises(KeyboardInterrupt):
         checkpointing.delete(folder)
     assert saved_steps(tmp_path) in ([], [5])
     if saved_steps(tmp_path):

@@ -77,10 +77,11 @@ def start(command):
 def torchrun(command):
     """A function that trains in two processes on the CPU; returns stdout, or stderr where another exit code is due."""
 
-    def torchrun(*flags, name="run", steps=10, code=0, **environment):
+    def torchrun(*flags, name="run", steps=10, code=0, program="train.py", **environment):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        line = [*launch, "train.py", *command(*flags, name=name, steps=steps)]
+        line = [*launch, program, *command(*flags, name=name, steps=steps)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+        environment["PYTHONPATH"] = str(ROOT)
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
         return done.stderr if code else done.stdout

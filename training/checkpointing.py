@@ -17,7 +17,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from errors import UserError
 from models import checkpoints as model_files
 
 FOLDER = re.compile(r"step-(\d{7,})")
+# What reading files that are not what they were raises; the readers' own UserError is a ValueError.
+DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
 
 
 class TrainingState(NamedTuple):
@@ -123,13 +126,16 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
     Raises:
         UserError: if it belongs to another experiment, naming option and both values, or is damaged.
     """
-    try:
+    with telling_damage(folder):
         summary = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for name, given in experiment.items():
-            if (had := summary["experiment"].get(name)) != given:
-                raise UserError(
-                    f"{folder} was made with {name} {had}, now it is {given}: restore it, or choose another --exp-name"
-                )
+        had = {name: summary["experiment"].get(name) for name in experiment}
+    for name, given in experiment.items():
+        if had[name] != given:
+            raise UserError(
+                f"{folder} was made with {name} {had[name]}, now it is {given}: restore it, or choose another "
+                "--exp-name"
+            )
+    with telling_damage(folder):
         return TrainingState(
             step=summary["step"],
             experiment=summary["experiment"],
@@ -140,10 +146,15 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
             },
             trainer=torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True),
         )
-    except UserError:
-        raise
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
+
+
+@contextmanager
+def telling_damage(folder: Path) -> Iterator[None]:
+    """Around the reading of a checkpoint: a `UserError` for whatever files that are not what they were raise."""
+    try:
+        yield
+    except DAMAGE as error:
+        reason = (str(error.__cause__ or error).splitlines() or [repr(error)])[0]
         raise UserError(
             f"{folder} is damaged ({reason}): delete it, and the run resumes from the one before"
         ) from error
@@ -158,7 +169,7 @@ def find(run: Path, resume: str, resume_step: int | None) -> Path | None:
         resume_step: an exact step; overrides `resume`.
 
     Raises:
-        UserError: if that step was not saved, or `none` would overwrite a run.
+        UserError: if that step was not saved, or a run would be overwritten: with `none`, or for lack of checkpoints.
     """
     steps = saved_steps(run)
     if resume_step is not None:
@@ -168,6 +179,11 @@ def find(run: Path, resume: str, resume_step: int | None) -> Path | None:
         return folder_of(run, resume_step)
     if resume == "none" and steps:
         raise UserError(f"--resume none, but {run} has checkpoints up to step {steps[-1]}: choose another --exp-name")
+    if not steps and (run / model_files.EMA_NAME).exists():
+        raise UserError(
+            f"{run} holds the {model_files.EMA_NAME} of a finished run, and no checkpoint to go on from: choose "
+            "another --exp-name"
+        )
     return folder_of(run, steps[-1]) if steps else None
 
 

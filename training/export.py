@@ -62,11 +62,13 @@ def export(source: str | Path, dest: str | Path, dtype: str = "float32", license
         license_name: under which the weights are shared, for the card.
 
     Raises:
-        UserError: if there is no checkpoint, or `dest` exists or is called otherwise.
+        UserError: if there is no checkpoint, or `dest` or its card exists, or `dest` is called otherwise.
     """
     dest = Path(dest)
     if dest.suffix != ".safetensors" or dest.exists():
         raise UserError(f"--dest {dest} given, expected the name of a .safetensors that does not exist yet")
+    if dest.with_suffix(".md").exists():
+        raise UserError(f"the model card would be {dest.with_suffix('.md')}, which exists: give another --dest")
     if not dest.absolute().parent.is_dir():
         raise UserError(f"--dest {dest} given, but its folder does not exist: make it first")
     file = checkpoints.file_of(source)

@@ -1,6 +1,7 @@
 """A run's records: resolved options, `metrics.jsonl`, the loss curve."""
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from files import write_text, written_aside
+from files import naming, write_text, written_aside
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
@@ -44,10 +45,14 @@ def write_options(run: Path, options: dict[str, Any], config: dict[str, Any]) ->
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Entries of `metrics.jsonl`, oldest first; a last line cut short by a crash is left out."""
+    """Entries of `metrics.jsonl`, oldest first; lines that a crash or a power failure damaged are left out."""
     file = run / METRICS
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    entries = []
+    for line in lines:
+        with suppress(ValueError):  # no JSON: a log must not keep a run from going on
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
 def truncate_metrics(run: Path, logged_step: int, step: int) -> None:
@@ -146,17 +151,25 @@ def make_accelerator(options: argparse.Namespace, run: Path) -> Accelerator:
     settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
     keywords = {}
     if tracker == "wandb":
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-        keywords = {"wandb": {"name": options.exp_name, "dir": str(folder), "mode": mode}}
+        keywords = {"wandb": {"name": options.exp_name, "dir": str(folder), "mode": wandb_mode()}}
     accelerator.init_trackers("deepflow", settings, keywords)
     return accelerator
 
 
+def wandb_mode() -> str:
+    """`WANDB_MODE`, else `online` if Weights & Biases knows a login; it is not asked for one."""
+    import wandb
+
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return "online" if wandb.login(prompt=False, verify=False) else "offline"
+    return "online" if wandb.api.api_key else "offline"  # of older versions; newer ones are to drop it
+
+
 def append_metrics(run: Path, entry: dict[str, Any]) -> None:
     """Add one entry to `metrics.jsonl`."""
-    with (run / METRICS).open("a", encoding="utf-8") as file:
+    with naming(run / METRICS), (run / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed.fsdp
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -81,6 +82,10 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         options.mixed_precision = "fp16" if device.type == "cuda" else "no"
     if options.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU and this run is on the CPU: choose bf16 or no")
+    if is_sharded() and not hasattr(torch.distributed.fsdp, "fully_shard"):
+        raise UserError(
+            f"sharding needs torch 2.6 or newer, this is {torch.__version__}: update it, or launch without FSDP"
+        )
     parts = world * options.gradient_accumulation_steps
     if options.batch_size % parts:
         raise UserError(

@@ -18,7 +18,8 @@ export MASTER_ADDR MASTER_PORT=29500
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # One task a GPU, and no launcher between SLURM and train.py: a launcher would end the run on the signal.
-srun --kill-on-bad-exit=1 bash -c '
+# From SLURM 22.05 on srun does not take over the job's own --cpus-per-task.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   exec bash script/xlarge/train.sh "$@"' train "$@"
 code=$?
