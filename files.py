@@ -1,9 +1,18 @@
-"""Writing files so that nobody meets half of one, and telling files apart."""
+"""Writing files so that nobody meets half of one, by one writer at a time, and telling files apart."""
 
+import errno
+import fcntl
 import hashlib
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+from errors import UserError
+
+PATIENCE = 3.0  # seconds
 
 
 @contextmanager
@@ -45,3 +54,45 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def only_writer(dest: str | Path, flag: str = "--dest") -> Iterator[None]:
+    """While inside, no other process may write `dest` (file or folder, there or not yet there; what `flag` names).
+
+    The lock is a file beside `dest` that the system frees when the process and its workers end, however they end. As
+    workers outlive a killed process for a moment, it is waited for a little. Raises `UserError` if another process
+    keeps it, or if the folder of `dest` cannot be written.
+    """
+    dest = Path(dest).resolve()  # one lock, by whichever link it is reached
+    place = dest.with_name(f".{dest.name}.lock")
+    deadline = time.monotonic() + PATIENCE
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        while (lock := _locked(place)) is None:
+            if time.monotonic() > deadline:
+                raise UserError(f"{dest} is being written by another process: let it end, or change {flag}")
+            time.sleep(0.05)
+    except OSError as error:
+        raise UserError(f"cannot write beside {dest} ({error.strerror or error}): change {flag}") from error
+    with lock:
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+
+
+def _locked(place: Path) -> TextIO | None:
+    """The lock file, open and locked; None if another process has it locked, or has just removed it."""
+    lock = place.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            lock.close()
+            return None
+        # Some cluster file systems know no locks: there it is left to the user to start one writer only.
+    if os.fstat(lock.fileno()).st_nlink == 0:
+        lock.close()
+        return None
+    return lock

@@ -4,12 +4,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from errors import UserError
+
+PATIENCE = timedelta(hours=1)  # for a process that writes a checkpoint, or extracts features, while others wait
 
 
 def join_processes() -> PartialState:
@@ -26,7 +29,7 @@ def join_processes() -> PartialState:
             "for several use: torchrun --nproc_per_node N",
             file=sys.stderr,
         )
-    return PartialState(cpu=cpu or not torch.cuda.is_available())
+    return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 @contextmanager

@@ -19,8 +19,9 @@ finishes the step, saves, and exits with code 143.
 import argparse
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 from dataset import DataOrder, DeviceLatents, LatentBatch, latent_batches
 from errors import UserError, exits_on_user_error
+from files import only_writer
 from loss import DeepFlowLoss
 from models import checkpoints
 from models.ssl_encoders import load_encoder
@@ -82,6 +84,12 @@ def train(options: argparse.Namespace) -> bool:
             or if a checkpoint cannot be written.
         NonFiniteLoss: before the update that it would have spoilt.
     """
+    with guard.stop_request() as stop, ExitStack() as held:
+        return train_until(options, stop, held)
+
+
+def train_until(options: argparse.Namespace, stop: Event, held: ExitStack) -> bool:
+    """`train`, which ends after the step at which `stop` is set; `held` keeps the run's lock."""
     # ---- 1. Processes, and what there is to do ---------------------------------------------------------------------
     processes = join_processes()
     device, rank, world = processes.device, processes.process_index, processes.num_processes
@@ -109,6 +117,9 @@ def train(options: argparse.Namespace) -> bool:
         previews = Previews(options, data, device, rank, world)
     processes.wait_for_everyone()  # all have read the run's folder before one of them changes it
     if is_main:
+        held.enter_context(only_writer(run, "--exp-name"))
+        if checkpointing.find(run, options.resume, options.resume_step) != plan.resume_from:
+            raise UserError(f"{run} has just been changed by another process: give the same command again")
         run.mkdir(parents=True, exist_ok=True)
         logging.write_options(run, vars(options), config)
         logging.truncate_metrics(run, saved.trainer["log"]["logged_step"] if saved else 0, step)
@@ -117,13 +128,14 @@ def train(options: argparse.Namespace) -> bool:
     # ---- 2. Network, objective, averages, optimizer ----------------------------------------------------------------
     torch.set_float32_matmul_precision("high" if options.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = options.allow_tf32
-    accelerator = logging.make_accelerator(options, run)
+    accelerator = logging.make_accelerator(options, run, step)
     torch.manual_seed(options.seed)  # the initial weights are the only use of the global generator
-    network = build_network(options, data, plan.features).to(device)
+    network = build_network(options, data, plan.features)
     network.checkpoint_activations = options.activation_checkpointing
     if saved:
         network.load_state_dict(saved.model)
-    parallel.synchronise(network)  # first, so that all averages start equal
+    if not parallel.is_sharded():  # else seed or file alone make it the same everywhere: no device has to hold all
+        parallel.synchronise(network.to(device))  # before anything is copied from it, so that all averages start equal
     emas = averages(network, options.ema_decay, options.ema_std)
     for name, ema in emas.items() if saved else ():
         ema.model.load_state_dict(saved.ema[name])
@@ -275,7 +287,7 @@ def train(options: argparse.Namespace) -> bool:
     # long reached, then launches the step. So the device always has work, and yet nothing follows a step that failed.
     stopped, update = False, None
     attention = sdpa_kernel([SDPBackend.MATH]) if not options.fused_attn else nullcontext()
-    with guard.stop_request() as stop, attention, tqdm(total=total_steps, initial=step, disable=not is_main) as bar:
+    with attention, tqdm(total=total_steps, initial=step, disable=not is_main) as bar:
         while step < total_steps and not stopped:
             ahead = step + (update is not None)
             gradients = accumulate_gradients(ahead, scale.value(ahead - step)) if ahead < total_steps else None

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from file_layout import LABELS, BadFile, FileStore
-from preprocessing.destination import only_writer
+from files import only_writer
 from preprocessing.growing_zip import Entry, GrowingZip
 from preprocessing.picture_source import PictureSource, list_pictures
 from preprocessing.pixels import TRANSFORMS, read_rgb

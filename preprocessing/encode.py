@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from errors import UserError
 from file_layout import FileStore, read_image
+from files import only_writer
 from models.vae import encode_moments, load_vae, weights_sha256
-from preprocessing.destination import only_writer
 from preprocessing.images import SourceImages, list_images
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.processes import Processes, joined_processes

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from dataset import MANIFEST, PackedLatents
 from errors import UserError
 from file_layout import FileStore
+from files import only_writer
 from models.ssl_encoders import load_encoder
 from models.vae import weights_sha256
-from preprocessing.destination import only_writer
 from preprocessing.encode import ImageBatches, encode_units
 from preprocessing.images import list_images
 from preprocessing.packed_writer import SHARD_BYTES, PackedJob, features_manifest, row_type

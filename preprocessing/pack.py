@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from file_layout import LABELS, SD_VAE, FileLatents, pairing_name, read_image
-from preprocessing.destination import only_writer
+from files import only_writer
 from preprocessing.images import SourceImages, list_images
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256

