@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.fsdp
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -19,6 +20,8 @@ from training.options import parse_options
 
 ROOT = Path(train.__file__).parent
 COUNT = 23  # with batches of 8, a step in three crosses the end of an epoch
+CAN_SHARD = hasattr(torch.distributed.fsdp, "fully_shard")  # from torch 2.6 on
+SHARDED = {"ACCELERATE_USE_FSDP": "true"}  # what `accelerate launch --use_fsdp` sets
 OF_THE_MACHINE = {"images_per_second", "memory_gib"}  # metrics that no two runs share
 
 
