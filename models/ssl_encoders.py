@@ -6,6 +6,7 @@ side of 16 tokens is 224 px for patches of 14 and 256 px for patches of 16. Resi
 layer that is read are REPA's.
 """
 
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -227,7 +228,10 @@ def _load_file(vit: "VisionTransformer", file: Path, name: str) -> None:
 def _read(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
         return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:  # torch's own message advises to trust the file
+        raise ValueError("no torch file, or one that holds more than weights") from error
 
 
 def _first_line(error: Exception) -> str:

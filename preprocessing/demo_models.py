@@ -1,7 +1,8 @@
-"""Trains the small models that ship with the demo, on the demo images.
+"""Trains small models on the demo images: those that ship with the demo, and an encoder to try SSL alignment with.
 
     python -m preprocessing.demo_models vae --data data/demo/images --dest assets/demo_vae
     python -m preprocessing.demo_models features --data data/demo/images --dest assets/demo_features.safetensors
+    python -m preprocessing.demo_models vit --data data/demo/images --dest data/demo/vit.safetensors
 
 A GPU is used when present; each fits a CPU of two cores.
 """
@@ -26,6 +27,9 @@ from tqdm import tqdm, trange
 from errors import OneLineParser, UserError, exits_on_user_error
 from evaluation.features import DemoFeatures
 from models import vae as latent_space
+from models.ssl_encoders import RANDOM, load_encoder
+
+DEMO_VIT = "timm:test_vit"  # 0.3M parameters, 6 blocks of width 64
 
 
 def load_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,10 +203,47 @@ def train_features(data: Path, dest: Path, epochs: int, batch_size: int, lr: flo
         if step % 100 == 99 or step == steps - 1:
             tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {v.item():.4f}" for k, v in losses.items()))
 
+    save_weights(net, dest, metadata={"config": json.dumps(net.config)})
+
+
+def train_vit(data: Path, dest: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
+    """Train the ViT `DEMO_VIT` of timm to tell the demo's classes, and save it to the file `dest` (safetensors).
+
+    `train.py --enc-type timm:test_vit --enc-weights DEST` aligns with it. It reads the class from the mean of its
+    patch tokens, as these are what is aligned with. The images it sees are shifted, blurred and noisy (`corrupt`).
+    """
+    images, labels = load_images(data)
+    if images.shape[1] != images.shape[2] or images.shape[1] % 16:
+        raise UserError(f"images of {images.shape[1]} x {images.shape[2]} px: expected squares of a multiple of 16 px")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    vit = load_encoder(DEMO_VIT, images.shape[1] // 16, RANDOM).vit.to(device).requires_grad_(True)
+    head = nn.Linear(vit.embed_dim, int(labels.max()) + 1).to(device)
+    optimizer = torch.optim.AdamW([*vit.parameters(), *head.parameters()], lr=lr, weight_decay=0.05)
+    pixels = latent_space.pixels_to_input(images)  # in [-1, 1], which is what this ViT's own mean and std make of them
+    for step in trange(steps, desc="training the ViT", unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        index = torch.randint(len(images), (batch_size,), generator=generator)
+        seen, _ = corrupt(pixels[index], generator)
+        scores = head(vit.forward_features(seen.to(device))[:, vit.num_prefix_tokens :].mean(1))
+        loss = F.cross_entropy(scores, labels[index].to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 99 or step == steps - 1:
+            right = (scores.argmax(1).cpu() == labels[index]).float().mean().item()
+            tqdm.write(f"step {step + 1}: loss {loss.item():.4f}, {right:.0%} of the batch right")
+    save_weights(vit, dest)
+
+
+def save_weights(net: nn.Module, dest: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write the weights of `net` to the file `dest` (safetensors), beside its place first."""
     dest.parent.mkdir(parents=True, exist_ok=True)
     aside = dest.with_name(f".{dest.name}.partial")
     state = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
-    save_file(state, aside, metadata={"config": json.dumps(net.config)})
+    save_file(state, aside, metadata=metadata)
     aside.replace(dest)
 
 
@@ -231,9 +272,7 @@ def corrupt(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
 
 @exits_on_user_error
 def main() -> None:
-    parser = OneLineParser(
-        prog="preprocessing.demo_models", description="Train the small models that ship with the demo."
-    )
+    parser = OneLineParser(prog="preprocessing.demo_models", description="Train small models on the demo images.")
     commands = parser.add_subparsers(dest="command", required=True)
     show_default = argparse.ArgumentDefaultsHelpFormatter
 
@@ -255,12 +294,17 @@ def main() -> None:
     features.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
     features.add_argument("--seed", type=int, default=0, help="seed of weights, data order and corruptions")
 
+    vit = commands.add_parser("vit", help="an encoder for SSL alignment", formatter_class=show_default)
+    vit.add_argument("--data", type=Path, default=Path("data/demo/images"), help="folder of demo images")
+    vit.add_argument("--dest", type=Path, default=Path("data/demo/vit.safetensors"), help="file to save to")
+    vit.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    vit.add_argument("--batch-size", type=int, default=64, help="images a step")
+    vit.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    vit.add_argument("--seed", type=int, default=0, help="seed of data order and corruptions")
+
     args = parser.parse_args()
     options = {name: value for name, value in vars(args).items() if name != "command"}
-    if args.command == "vae":
-        train_vae(**options)
-    else:
-        train_features(**options)
+    {"vae": train_vae, "features": train_features, "vit": train_vit}[args.command](**options)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def encode_ssl(
         with only_writer(dest) if leader else nullcontext():
             encoder = None
             if leader:
-                names, resolution, side, identity = _inspect(Path(source))
-                encoder = load_encoder(encoder_name, tokens_a_side or side, weights, place, PRECISIONS[precision])
+                names, resolution, side, identity = _inspect(Path(source), tokens_a_side)
+                encoder = load_encoder(encoder_name, side, weights, place, PRECISIONS[precision])
                 manifest = features_manifest(
                     names,
                     resolution=resolution,
@@ -85,21 +85,24 @@ def encode_ssl(
                 print(f"{dest} is complete ({len(names)} images): nothing to do")
 
 
-def _inspect(source: Path) -> tuple[list[str], int, int, str]:
-    """Names of the images, their side in pixels, the tokens a side that latents of them have, and what identifies
-    them."""
+def _inspect(source: Path, tokens_a_side: int | None) -> tuple[list[str], int, int, str]:
+    """Names of the images, their side in pixels, the tokens a side (unless given, as many as latents of them have), and
+    what identifies them."""
     if _is_packed(source):
         data = PackedLatents(source)
         if not data.has_images:
             raise UserError(f"{source} holds no images: give the images, or encode it again with --images")
         identity = [data.manifest["names"]["sha256"], *(shard["sha256"] for shard in data.manifest["image_shards"])]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        return data.names, data.manifest["resolution"], data.latent_shape[-1] // 2, digest
+        return data.names, data.manifest["resolution"], tokens_a_side or data.latent_shape[-1] // 2, digest
     images = list_images(source)
     resolution = images.read(0).shape[0]
-    if resolution % 16:
-        raise UserError(f"images are {resolution} pixels high, expected a multiple of 16: resize them (convert)")
-    return images.names, resolution, resolution // 16, source_sha256((images.store, images.names))
+    if resolution % 16 and not tokens_a_side:
+        raise UserError(
+            f"images are {resolution} pixels high, expected a multiple of 16: resize them (convert), or say how many "
+            "tokens a side the network has (--tokens)"
+        )
+    return images.names, resolution, tokens_a_side or resolution // 16, source_sha256((images.store, images.names))
 
 
 def _is_packed(source: Path) -> bool:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from errors import UserError
 from models import vae as latent_space
+from models.ssl_encoders import load_encoder
 from preprocessing import demo_models
 
 
@@ -86,3 +87,26 @@ def test_missing_or_mixed_data(folder, tmp_path):
 def test_no_steps_is_an_error_before_anything_is_read(tmp_path):
     with pytest.raises(UserError, match="--steps 0"):
         train(tmp_path / "nowhere", tmp_path / "vae", steps=0)
+
+
+def test_the_vit_learns_the_classes_and_is_an_encoder(tmp_path, capsys):
+    """Black and white pictures are told apart."""
+    for index in range(6):
+        Image.new("RGB", (32, 32), "black" if index % 2 else "white").save(tmp_path / f"{index}.png")
+    labels = [[f"{index}.png", index % 2] for index in range(6)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    dest = tmp_path / "made" / "vit.safetensors"
+    demo_models.train_vit(tmp_path, dest, steps=30, batch_size=8, lr=3e-3, seed=0)
+    assert "step 30: " in (printed := capsys.readouterr().out) and "100% of the batch right" in printed
+    assert [file.name for file in dest.parent.iterdir()] == ["vit.safetensors"]
+    images, _ = demo_models.load_images(tmp_path)
+    tokens, untrained = (load_encoder(demo_models.DEMO_VIT, 2, weights)(images) for weights in (dest, "random"))
+    assert tokens.shape == (6, 4, 64) and not torch.allclose(tokens, untrained, atol=0.1)
+
+
+def test_images_that_no_patches_of_16_cover_are_refused(folder, tmp_path):
+    Image.new("RGB", (24, 24)).save(folder / "0.png")
+    (folder / "dataset.json").write_text(json.dumps({"labels": [["0.png", 0]]}))
+    with pytest.raises(UserError, match="24 x 24 px: expected squares of a multiple of 16"):
+        demo_models.train_vit(folder, tmp_path / "vit.safetensors", steps=1, batch_size=2, lr=1e-3, seed=0)
+    assert not (tmp_path / "vit.safetensors").exists()

@@ -73,6 +73,10 @@ def test_images_packed_with_the_latents_give_the_same_features(tmp_path, images)
 def test_the_number_of_tokens_follows_from_the_source(tmp_path, images):
     encode_few(images, tmp_path / "a", tokens_a_side=None)
     assert PackedFeatures(tmp_path / "a").tokens == 1  # as for the SD-VAE: 16 px are 2 x 2 latents, one patch
+    sides = make_images(tmp_path / "sides", {"a": 1})
+    Image.new("RGB", (24, 24)).save(sides / "a" / "0.png")
+    encode_few(sides, tmp_path / "b", tokens_a_side=3)  # of a VAE that reduces by four: 6 x 6 latents
+    assert PackedFeatures(tmp_path / "b").tokens == 9
 
 
 # ---- interruptions

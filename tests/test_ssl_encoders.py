@@ -88,6 +88,16 @@ def test_pixels_are_scaled_normalised_and_resized(one_block):
     assert torch.allclose(seen, ((places / 255 - CLIP[0][0]) / CLIP[1][0])[2:-2], atol=1e-4)
 
 
+def test_resizing_is_bicubic_without_antialiasing(one_block):
+    """As REPA's: at half the size a place reads four pixels in the proportions of Keys' kernel, a = -0.75."""
+    encoder = load_encoder("dinov2-vit-s", 4, "random")  # 56 px
+    black = torch.zeros(1, 112, 112, 3, dtype=torch.uint8)
+    line = black.clone()
+    line[:, :, 41] = 255
+    seen = (encoder.preprocess(line) - encoder.preprocess(black))[0, 0, 20] * IMAGENET[1][0]
+    assert seen[17:24].tolist() == pytest.approx([0, 0, 0, 0.59375, -0.09375, 0, 0], abs=1e-5)
+
+
 @pytest.mark.parametrize("bad", [images()[0], images().float(), images()[:, :32], images().permute(0, 3, 1, 2)])
 def test_what_is_no_batch_of_images_is_refused(one_block, bad):
     with pytest.raises(ValueError, match="expected square uint8 images"):
@@ -264,6 +274,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, one_block, capsys, write,
         load_encoder("dinov2-vit-s", 4, file)
     assert "\n" not in str(raised.value) and str(file) in str(raised.value) and "--enc-weights" in str(raised.value)
     assert "executed" not in capsys.readouterr().out
+    assert "weights_only" not in str(raised.value)  # torch's advice to trust the file
 
 
 # ---- names, and the hub
