@@ -350,11 +350,16 @@ def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialSta
         return []
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     files = options.enc_weights or [None] * len(options.enc_type)
+    encoders, mistake = [], None
     with processes.local_main_process_first():  # it downloads what is not in the cache
-        return [
-            load_encoder(name, tokens_a_side(plan.config), file, processes.device, dtype)
-            for name, file in zip(options.enc_type, files, strict=True)
-        ]
+        try:
+            for name, file in zip(options.enc_type, files, strict=True):
+                encoders.append(load_encoder(name, tokens_a_side(plan.config), file, processes.device, dtype))
+        except UserError as error:  # raised only after the others, who wait for this process, have made it too
+            mistake = error
+    if mistake:
+        raise mistake
+    return encoders
 
 
 def make_loss_scale(precision: str) -> guard.LossScale:

@@ -128,8 +128,8 @@ def load_encoder(
     Args:
         name: a key of `ENCODERS`, or `timm:` and the name of any other ViT of timm.
         tokens_a_side: square root of the number T of tokens; the DeepFlow network's input_size / patch_size.
-        weights: a local file, safetensors or torch's, as timm, the makers of the weights, or this function's
-            `vit.state_dict()` have it; `random` for untrained weights; None for timm's own from the hub.
+        weights: a local file, safetensors or torch's, as timm or the makers of the weights have it; `random` for
+            untrained weights; None for timm's own from the hub.
         device: where it runs.
         dtype: precision it runs in.
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from sample_data import make_images, make_vae
+from sample_data import make_images, make_vae, write_files
 from training_runs import assert_same_run, metrics_of
 
 from errors import UserError
@@ -119,9 +119,32 @@ def test_mistakes_are_told_before_anything_is_written(start, tmp_path, aligned, 
     assert not (tmp_path / "run").exists()
 
 
+def test_other_weights_of_the_encoder_are_refused_on_resume(start, tmp_path, aligned):
+    weights = tmp_path / "vit.pt"
+    torch.save(load_encoder(VIT, 2, "random").vit.state_dict(), weights)
+    start("--data-dir", aligned / "pixels", *ON_THE_FLY, steps=1)
+    with pytest.raises(UserError, match=r"data 23 samples, \w+, now it is 23 samples, \w+"):
+        start("--data-dir", aligned / "pixels", *ON_THE_FLY[:-1], weights, steps=2)
+
+
 def test_features_of_other_images_are_refused(start, tmp_path, aligned, data):
-    with pytest.raises(UserError, match="features"):
+    with pytest.raises(UserError, match=r"holds features of 16 px images, .* latents of 32 px"):
         start("--data-dir", data, "--ssl-align", "--ssl-features", aligned / "features")
+
+
+def test_images_beside_the_official_latents_are_looked_for_before_anything_is_written(start, tmp_path):
+    write_files(tmp_path / "official" / "vae-sd")
+    (tmp_path / "official" / "images").mkdir()
+    with pytest.raises(UserError, match=r"images has no image 00000/img00000000"):
+        start("--data-dir", tmp_path / "official", *ON_THE_FLY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_make_the_same_mistake_and_one_tells(torchrun, tmp_path, aligned):
+    flags = ("--data-dir", aligned / "pixels", "--ssl-align", "--enc-type", VIT, "--enc-weights", "/nowhere")
+    told = torchrun(*flags, code=1)
+    assert told.count("error: no weights file /nowhere") == 1 and "[rank1]" not in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_official_flags_of_the_encoder_may_stand_without_alignment(start, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed.fsdp
 from torch import Tensor
@@ -17,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataset import LatentData, open_latents
 from errors import UserError
+from files import file_sha256
 from models import DeepFlow, create_model
 from models.presets import model_config
-from models.ssl_encoders import encoder_width
+from models.ssl_encoders import RANDOM, encoder_width
 from ssl_features import PackedFeatures
 from training import checkpointing
 from training.logging import code_commit
@@ -119,6 +121,13 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
             f"--ssl-align needs images, and {data.path} has none: encode with --images, or give --ssl-features, made "
             "with dataset_tools encode-ssl"
         )
+    for file in options.enc_weights or []:
+        if file != RANDOM and not Path(file).is_file():
+            raise UserError(
+                f"no weights file {file}: give a local file, or {RANDOM} for untrained weights (--enc-weights)"
+            )
+    if options.ssl_align and not features and data is not None:
+        data.gather_images(np.zeros(1, np.int64))  # that there are some, of the latents' names and size
     with torch.device("meta"):  # checks the architecture and counts its parameters without taking memory
         network = build_network(options, data, features)
     for packed in features if data is not None else ():
@@ -139,15 +148,15 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         features=features,
         config=network.config,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        experiment=experiment | network.config | {"data": identity(data, features)},
+        experiment=experiment | network.config | {"data": identity(options, data, features)},
         total_steps=min(options.max_train_steps, math.ceil(options.epochs * images / options.batch_size)),
         micro_batch=options.batch_size // parts,
         resume_from=checkpointing.find(run, options.resume, options.resume_step),
     )
 
 
-def identity(data: LatentData | None, features: Sequence[PackedFeatures]) -> str | None:
-    """What tells one dataset, with the features of its images, from another, wherever they lie."""
+def identity(options: argparse.Namespace, data: LatentData | None, features: Sequence[PackedFeatures]) -> str | None:
+    """What tells one dataset, with the encoders that look at it, from another, wherever all of it lies."""
     if data is None:
         return None
     contents = dict(data.manifest)
@@ -155,6 +164,8 @@ def identity(data: LatentData | None, features: Sequence[PackedFeatures]) -> str
         del contents["vae"]  # that is only a name, the checksum decides
     if features:
         contents["features"] = [packed.manifest["weights_sha256"] for packed in features]
+    elif options.enc_weights:
+        contents["encoders"] = [file if file == RANDOM else file_sha256(file) for file in options.enc_weights]
     digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     return f"{len(data)} samples, {digest[:12]}"
 
