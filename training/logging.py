@@ -180,7 +180,8 @@ def append_metrics(run: Path, entry: dict[str, Any]) -> None:
 
 
 def plot_losses(run: Path) -> Path | None:
-    """Draw `loss.png`: the velocity loss of each branch and the acceleration loss over the steps; None without any."""
+    """Draw `loss.png`: over the steps the velocity loss of each branch, the acceleration loss and, where tokens are
+    aligned, their cosine; None without any steps."""
     from matplotlib.figure import Figure  # a second of import time that only the end of a run needs to spend
 
     entries = [entry for entry in read_metrics(run) if "loss" in entry]
@@ -192,6 +193,10 @@ def plot_losses(run: Path) -> Path | None:
         axes.plot([e["step"] for e in entries], [e[name] for e in entries], label=name.replace("_", " "), lw=1)
     axes.set(xlabel="optimizer step", ylabel="mean squared error", yscale="log", title=run.name)
     axes.grid(alpha=0.3)
+    if "alignment" in entries[0]:
+        cosine = axes.twinx()
+        cosine.plot([e["step"] for e in entries], [-e["alignment"] for e in entries], "k:", lw=1)
+        cosine.set(ylabel="cosine with the encoder (dotted)", ylim=(min(0, cosine.get_ylim()[0]), 1))
     axes.legend()
     with written_aside(run / "loss.png") as aside:
         figure.savefig(aside, format="png", dpi=130, bbox_inches="tight")

@@ -110,24 +110,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
             raise UserError(f"{flag} {given} given, but the dataset {data.path} has {value}: change or drop {flag}")
         setattr(options, name, value if given is None else given)
 
-    features = [PackedFeatures(path) for path in options.ssl_features or []]
-    if features:
-        encoders = [packed.encoder for packed in features]
-        if options.enc_type not in (None, encoders):
-            raise UserError(f"--enc-type {options.enc_type}, but --ssl-features are of {encoders}: drop --enc-type")
-        options.enc_type = encoders
-    elif options.ssl_align and data is not None and not data.has_images:
-        raise UserError(
-            f"--ssl-align needs images, and {data.path} has none: encode with --images, or give --ssl-features, made "
-            "with dataset_tools encode-ssl"
-        )
-    for file in options.enc_weights or []:
-        if file != RANDOM and not Path(file).is_file():
-            raise UserError(
-                f"no weights file {file}: give a local file, or {RANDOM} for untrained weights (--enc-weights)"
-            )
-    if options.ssl_align and not features and data is not None:
-        data.gather_images(np.zeros(1, np.int64))  # that there are some, of the latents' names and size
+    features = open_features(options, data)
     with torch.device("meta"):  # checks the architecture and counts its parameters without taking memory
         network = build_network(options, data, features)
     for packed in features if data is not None else ():
@@ -153,6 +136,34 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         micro_batch=options.batch_size // parts,
         resume_from=checkpointing.find(run, options.resume, options.resume_step),
     )
+
+
+def open_features(options: argparse.Namespace, data: LatentData | None) -> list[PackedFeatures]:
+    """The packed features to align with, none where encoders look at the images; fills in the names of the encoders.
+
+    Raises:
+        UserError: for features of other encoders than are named, and for images or weights files that are not there.
+    """
+    features = [PackedFeatures(path) for path in options.ssl_features or []]
+    if features:
+        encoders = [packed.encoder for packed in features]
+        if options.enc_type not in (None, encoders):
+            raise UserError(f"--enc-type {options.enc_type}, but --ssl-features are of {encoders}: drop --enc-type")
+        options.enc_type = encoders
+        return features
+    for file in options.enc_weights or []:
+        if file != RANDOM and not Path(file).is_file():
+            raise UserError(
+                f"no weights file {file}: give a local file, or {RANDOM} for untrained weights (--enc-weights)"
+            )
+    if options.ssl_align and data is not None:
+        if not data.has_images:
+            raise UserError(
+                f"--ssl-align needs images, and {data.path} has none: encode with --images, or give --ssl-features, "
+                "made with dataset_tools encode-ssl"
+            )
+        data.gather_images(np.zeros(1, np.int64))  # that there are some, of the latents' names and size
+    return []
 
 
 def identity(options: argparse.Namespace, data: LatentData | None, features: Sequence[PackedFeatures]) -> str | None:
