@@ -288,7 +288,8 @@ class ImageNoise:
 
     def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
-        self.streams = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in indices]
+        keys = [np.array([seed, i], dtype=np.uint64) for i in map(int, indices)]  # from 2^63 on a list becomes floats
+        self.streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def draw(self) -> Tensor:
         """The next noise of every image, (N, C, H, W), float32: first the initial state, then step after step."""

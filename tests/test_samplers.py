@@ -300,7 +300,8 @@ def test_image_noise_depends_on_seed_and_index_alone():
     alone = samplers.ImageNoise(3, [6], shape)
     for _ in range(3):
         assert torch.equal(together.draw()[1], alone.draw()[0])
-    assert not torch.equal(samplers.ImageNoise(4, [6], shape).draw(), samplers.ImageNoise(3, [6], shape).draw())
+    seeds = [3, 4, 2**62 + 1, 2**63 + 1, 2**63 + 2, 2**64 - 2, 2**64 - 1]
+    assert len({samplers.ImageNoise(seed, [6], shape).draw().numpy().tobytes() for seed in seeds}) == len(seeds)
     many = samplers.ImageNoise(0, range(2000), (100,)).draw()
     assert len(np.unique(many[:, 0])) == 2000
     assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
