@@ -108,7 +108,8 @@ def time_grid(num_steps: int, shift: float, last: float | None = None) -> list[f
     else:
         unshifted = last / (shift - (shift - 1) * last)  # what the shift takes to `last`
         times = torch.linspace(1, unshifted, num_steps, dtype=torch.float64).tolist()
-    return [*(shift * t / (1 + (shift - 1) * t) for t in times), 0.0]
+    # The first is 1 and not the like that rounding makes of it: a time above 1 would lie outside the guidance interval.
+    return [1.0, *(shift * t / (1 + (shift - 1) * t) for t in times[1:]), 0.0]
 
 
 def sde_schedule(

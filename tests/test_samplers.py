@@ -168,6 +168,16 @@ def test_time_shift_bends_the_grid_between_its_ends(shift):
     assert (sde[1] > samplers.time_grid(4, 1.0, 0.04)[1]) == (shift > 1)
 
 
+@pytest.mark.parametrize("shift", [0.05, 0.1, 0.2, 1.0, 3.3])
+def test_a_shifted_grid_begins_at_1_where_guidance_is_on(shift):
+    model, noise = RowCounter(), torch.zeros(2, 4)
+    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), 7, 1.5)
+    for method in ("sde", "euler"):
+        samplers.sample(velocity, noise, method=method, num_steps=5, time_shift=shift, step_noise=lambda _: noise)
+    assert model.rows == [4] * 10
+    assert samplers.time_grid(5, shift)[0] == samplers.time_grid(5, shift, samplers.SDE_LAST_TIME)[0] == 1
+
+
 def test_shifted_grid_converges_to_the_same_map():
     noise = normal(100)
     x = samplers.sample(gaussian_velocity("linear"), noise, method="heun", num_steps=200, time_shift=2.0)
