@@ -63,7 +63,8 @@ def sample(
         atol: absolute tolerance of `dopri5`. Its step size is shared by the batch, so an image depends on its batch.
 
     Raises:
-        UserError: for an unknown method, fewer than 1 step (2 for the SDE), or what `sde_schedule` refuses.
+        UserError: for an unknown method, fewer than 1 step (2 for the SDE), what `sde_schedule` refuses, or velocities
+            that `dopri5` cannot follow.
     """
     least = 2 if method in ("sde", "sde-heun") else 1
     if method not in METHODS:
@@ -212,11 +213,20 @@ def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence
 
 
 def dopri5(velocity: Callable[[Tensor, float], Tensor], x: Tensor, rtol: float, atol: float) -> Tensor:
-    """Adaptive fifth-order Runge-Kutta from t = 1 to 0 (torchdiffeq)."""
+    """Adaptive fifth-order Runge-Kutta from t = 1 to 0 (torchdiffeq).
+
+    Raises:
+        UserError: if no step is small enough for the tolerance.
+    """
     from torchdiffeq import odeint
 
     times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
-    return odeint(lambda t, state: velocity(state, float(t)), x, times, rtol=rtol, atol=atol, method="dopri5")[-1]
+    try:
+        return odeint(lambda t, state: velocity(state, float(t)), x, times, rtol=rtol, atol=atol, method="dopri5")[-1]
+    except AssertionError as error:  # no step is small enough, as with values that are not finite
+        raise UserError(
+            f"dopri5 cannot go on ({error}): the velocities are not finite or jump; has the checkpoint's run diverged?"
+        ) from error
 
 
 def classifier_free_guidance(

@@ -197,13 +197,15 @@ def test_other_results_of_that_name_are_kept_unless_asked(monkeypatch, run, tmp_
     assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
-def test_diverged_weights_are_no_images(monkeypatch, run, tmp_path, capsys):
+@pytest.mark.parametrize(("solver", "words"), [("euler", "samples are not finite"), ("dopri5", "are not finite or jump")])
+def test_diverged_weights_are_no_images(monkeypatch, run, tmp_path, capsys, solver, words):
     checkpoint = checkpoints.read(run)
     weights = {key: torch.full_like(value, torch.nan) for key, value in checkpoint.weights.items()}
     checkpoints.save(tmp_path / "nan.safetensors", weights, checkpoint.config, checkpoint.metadata)
     with pytest.raises(SystemExit, match="2"):
-        command(monkeypatch, run, tmp_path, "--ckpt", str(tmp_path / "nan.safetensors"))
-    assert "samples are not finite" in capsys.readouterr().err
+        command(monkeypatch, run, tmp_path, "--ckpt", str(tmp_path / "nan.safetensors"), "--solver", solver)
+    last = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
+    assert last.startswith("error: ") and words in last
     assert not (tmp_path / "x.npz").exists()
 
 
