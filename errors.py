@@ -1,11 +1,15 @@
 """The one way a user's mistake is reported: a single line on stderr and exit code 2."""
 
 import argparse
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over quota, over the largest file allowed
 
 
 class UserError(ValueError):
@@ -26,8 +30,9 @@ class OneLineParser(argparse.ArgumentParser):
 def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command's `main`: a mistake becomes one line on stderr and exit code 2, without a traceback.
 
-    A mistake is a `UserError`, or a file that the system would not open or write (its error names the file). Only the
-    first process of each machine prints, so that a mistake is not repeated once per GPU.
+    A mistake is a `UserError`, or a file that the system would not open or write (its error names the file), or a full
+    disk (the error of a write names none). Only the first process of each machine prints, so that a mistake is not
+    repeated once per GPU.
     """
 
     @functools.wraps(main)
@@ -36,9 +41,9 @@ def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except (UserError, OSError) as error:
             if isinstance(error, OSError):
-                if error.filename is None:
+                if error.filename is None and error.errno not in DISK_FULL:
                     raise
-                error = f"{error.filename}: {error.strerror}"
+                error = f"{error.filename or 'cannot write'}: {error.strerror}"
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

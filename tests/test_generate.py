@@ -287,6 +287,21 @@ def test_damaged_checkpoints_are_one_line_before_anything_is_written(monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_that_fills_up_with_pictures_is_one_line(monkeypatch, run, tmp_path, capsys):
+    command(monkeypatch, run, tmp_path, "--no-grid")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")  # as `write` raises it: it knows no file name
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setattr(Image.Image, "save", full)
+        command(monkeypatch, run, tmp_path)
+    assert capsys.readouterr().err.splitlines()[-1] == "error: cannot write: No space left on device"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.npz"]
+    command(monkeypatch, run, tmp_path)
+    assert (tmp_path / "x.png").exists()
+
+
 def test_png_folder_holds_the_samples(monkeypatch, run, tmp_path):
     command(monkeypatch, run, tmp_path, "--no-grid")
     assert not (tmp_path / "x.png").exists()
