@@ -192,6 +192,9 @@ def test_other_results_of_that_name_are_kept_unless_asked(monkeypatch, run, tmp_
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, run, tmp_path, "--classes", "balanced")
     assert "was made with classes random, now it is balanced" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, run, tmp_path, "--global-seed", "3")
+    assert "x.npz was made with seed 0, now it is 3: choose another --name" in capsys.readouterr().err
     assert (tmp_path / "x.npz").read_bytes() == before
     command(monkeypatch, run, tmp_path, "--classes", "balanced", "--overwrite")
     assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]

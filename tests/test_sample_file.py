@@ -110,7 +110,7 @@ def test_a_full_disk_is_one_line_and_marks_nothing(tmp_path, images, monkeypatch
     assert samples.missing() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("limit", [64, 800])  # bytes: neither the header fits; the images do not
+@pytest.mark.parametrize("limit", [64, 800])  # bytes: the header does not fit; the images do not
 def test_a_disk_that_is_full_at_the_start_is_one_line_and_leaves_nothing(tmp_path, limit):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)  # a file of more bytes is refused as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
