@@ -240,7 +240,10 @@ def test_checkpoints_of_two_runs_have_two_names(run, tmp_path):
         folder.mkdir(parents=True)
         (folder / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes())
         names.add(name_of(folder))
-    assert {name.split("-")[0] for name in names} == {"one", "two"}
+        official = folder.parent / "0400000.pt"
+        official.touch()
+        names.add(name_of(official, metadata={"path_type": "linear"}))
+    assert {name.split("-sde250-")[0] for name in names} == {"one-step5", "two-step5", "one-0400000", "two-0400000"}
 
 
 @pytest.mark.parametrize(
