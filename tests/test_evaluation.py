@@ -398,6 +398,33 @@ def test_three_processes_extract_what_one_does(rng, tmp_path, monkeypatch):
                 np.testing.assert_array_equal(arrays[f"arr_{index}"], array)
 
 
+def test_damage_that_one_process_meets_is_told_by_all(rng, tmp_path):
+    """The checksum is at the end of the file, which whoever takes the last batch meets first."""
+    np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 256, size=(12, 16, 16, 3), dtype=np.uint8))
+    content = bytearray((tmp_path / "s.npz").read_bytes())
+    content[4000] ^= 255
+    (tmp_path / "s.npz").write_bytes(content)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from errors import UserError\n"
+        "from evaluation import ImageArchive, extract\n"
+        "from processes import join_processes\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "from test_evaluation import ColourFeatures\n"
+        "process = join_processes()\n"
+        "for batch_size in (4, 6):  # the first, or the second, of two processes takes the last batch\n"
+        "    try:\n"
+        "        extract(ImageArchive(sys.argv[1]), ColourFeatures(), batch_size, process=process)\n"
+        "    except UserError as error:\n"
+        "        print(f'{batch_size} {process.process_index} {error}\\n', end='')\n"
+        "process.wait_for_everyone()\n"
+    )
+    told = launch(2, program, tmp_path / "s.npz").splitlines()
+    assert sorted(line[:3] for line in told) == ["4 0", "4 1", "6 0", "6 1"]
+    assert all("s.npz: not a complete .npz" in line for line in told)
+
+
 # ---------------------------------------------------------------- archives
 
 
