@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over quota, over the largest file allowed
 
 

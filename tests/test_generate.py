@@ -200,7 +200,9 @@ def test_other_results_of_that_name_are_kept_unless_asked(monkeypatch, run, tmp_
     assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
-@pytest.mark.parametrize(("solver", "words"), [("euler", "samples are not finite"), ("dopri5", "are not finite or jump")])
+@pytest.mark.parametrize(
+    ("solver", "words"), [("euler", "samples are not finite"), ("dopri5", "are not finite or jump")]
+)
 def test_diverged_weights_are_no_images(monkeypatch, run, tmp_path, capsys, solver, words):
     checkpoint = checkpoints.read(run)
     weights = {key: torch.full_like(value, torch.nan) for key, value in checkpoint.weights.items()}
@@ -319,11 +321,21 @@ def test_png_folder_holds_the_samples(monkeypatch, run, tmp_path):
 
 
 def test_precision_and_compiled_blocks_make_nearly_the_same_images(monkeypatch, run, tmp_path):
+    calls = []
+
+    def backend(graph, _):  # the graphs that the compiler would get, run as they are: it takes a minute on a CPU
+        return lambda *inputs: calls.append(len(inputs)) or graph.forward(*inputs)
+
+    compile_of = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kind: compile_of(self, backend=backend, **kind))
     images = {}
-    for name, flags in {"plain": [], "bf16": ["--precision", "bf16"]}.items():
+    for name, flags in {"plain": [], "bf16": ["--precision", "bf16"], "compiled": ["--compile"]}.items():
+        assert not calls
         command(monkeypatch, run, tmp_path, "--name", name, "--cfg-scale", "2", *flags)
         images[name] = np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int)
     assert 0 < abs(images["plain"] - images["bf16"]).mean() < 3
+    assert abs(images["plain"] - images["compiled"]).max() <= 1
+    assert len(calls) == 2 * 3  # two blocks in three steps
 
 
 def test_official_checkpoint_goes_through(monkeypatch, run, tmp_path):
