@@ -86,8 +86,13 @@ def check_images(reference: Images | FeatureSet, samples: Images, extractor: Ext
     if isinstance(reference, FeatureSet):
         return
     check_reference(reference, extractor)
-    if len(reference) and reference.shape[1:3] != samples.shape[1:3]:
-        sizes = ["{}x{}".format(*images.shape[1:3]) for images in (reference, samples)]
+    check_size(reference, samples.shape[1:3])
+
+
+def check_size(reference: Images, size: tuple[int, int]) -> None:
+    """Raise `UserError` for samples, of this height and width, of another size than the reference's images."""
+    if len(reference) and tuple(reference.shape[1:3]) != tuple(size):
+        sizes = ["{}x{}".format(*shape) for shape in (reference.shape[1:3], size)]
         raise UserError(
             f"image sizes differ: reference {sizes[0]}, samples {sizes[1]} (height x width); "
             "give a reference of the samples' resolution"

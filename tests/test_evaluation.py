@@ -563,6 +563,20 @@ def test_official_checkpoint_to_numbers_on_one_and_two_processes(official, tmp_p
     assert one["features"]["weights_sha256"] == command.load_extractor("demo").weights_sha256
 
 
+def test_what_does_not_fit_the_samples_to_be_is_told_before_sampling(official, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    (tmp_path / "out").mkdir()
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((80, 32, 32, 3), np.uint8))
+    for reference, flags, words in (
+        (tmp_path / "small.npz", [], "image sizes differ: reference 32x32, samples 64x64"),
+        (official / "r.npz", ["--json", tmp_path / "out/x.json"], "x.json: there generate.py tells"),
+    ):
+        sampling = [*SAMPLING[2:], "--sample-dir", tmp_path / "out", "--name", "x"]
+        code, _, err = run(monkeypatch, capsys, reference, official / "tiny.pt", *sampling, *flags)
+        assert (code, err.count("\n")) == (2, 1) and words in err, err
+        assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_mistakes_with_a_checkpoint_are_told_before_sampling(official, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)
     for reference, checkpoint, flags, words in (
