@@ -255,10 +255,15 @@ def classifier_free_guidance(
         if scale == 1 or not low <= float(t[0]) <= high:
             return model_velocity(x, t, y)
         both = model_velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
-        conditional, unconditional = both.chunk(2)
+        conditional, unconditional = at_least_float32(both).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
     return velocity
+
+
+def at_least_float32(v: Tensor) -> Tensor:
+    """`v` for arithmetic: a network in half precision returns its velocity in it, and guidance would round once more."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
 def autoguidance(
@@ -280,8 +285,8 @@ def autoguidance(
         v = model_velocity(x, t, y)
         if scale == 1 or not low <= float(t[0]) <= high:
             return v
-        weak = guide_velocity(x, t, y)
-        return weak + scale * (v - weak)
+        weak = at_least_float32(guide_velocity(x, t, y))
+        return weak + scale * (at_least_float32(v) - weak)
 
     return velocity
 

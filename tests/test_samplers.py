@@ -257,6 +257,18 @@ def test_guidance_formula_on_all_channels():
     assert torch.equal(v, (7 + 1.5 * (torch.tensor([[1.0], [3.0]]) - 7)).expand(2, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_guidance_of_a_network_in_half_precision_does_not_round_again(dtype):
+    strong, weak = (normal(2, 50, seed=seed).to(dtype) for seed in (1, 2))
+    expected = weak.double() + 1.325 * (strong.double() - weak.double())
+    x, t, y = torch.zeros(2, 50), torch.full((2,), 0.5), torch.tensor([1, 3])
+    both = lambda x, t, y: torch.cat([strong, weak])  # noqa: E731
+    free = samplers.classifier_free_guidance(both, y, 7, 1.325)(x, t)
+    auto = samplers.autoguidance(lambda *_: strong, lambda *_: weak, y, 1.325)(x, t)
+    for v in (free, auto):
+        assert torch.allclose(v.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_guidance_costs_two_rows_inside_its_interval_and_one_outside():
     model = RowCounter()
     velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), 7, 1.5, low=0.3, high=0.7)
