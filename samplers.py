@@ -262,7 +262,7 @@ def classifier_free_guidance(
 
 
 def at_least_float32(v: Tensor) -> Tensor:
-    """`v` for arithmetic: a network in half precision returns its velocity in it, and guidance would round once more."""
+    """`v` for arithmetic: a network in half precision returns that, in which guidance would round once more."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
