@@ -22,7 +22,7 @@ import torch
 import generate
 from errors import OneLineParser, UserError, exits_on_user_error
 from evaluation import ImageArchive, compare, extract, load_extractor
-from evaluation.extraction import check_count, check_images, check_reference
+from evaluation.extraction import check_count, check_images, check_reference, check_size
 from evaluation.features import INCEPTION_SHA256
 from files import write_text
 from processes import join_processes, usable_device
@@ -180,7 +180,12 @@ def main() -> None:
     if options:
         check_reference(reference, extractor)
         check_count("--num-fid-samples", options.num_fid_samples, extractor)
-        samples = ImageArchive(generate.generate(options))
+
+        def approve(npz: Path, side: int) -> None:
+            refuse_to_replace_recipe(args.json, npz)
+            check_size(reference, (side, side))
+
+        samples = ImageArchive(generate.generate(options, approve))
     refuse_to_replace_recipe(args.json, samples.path)
     check_images(reference, samples, extractor)
 

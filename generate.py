@@ -222,8 +222,12 @@ def read_guide(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint) 
     return guide
 
 
-def generate(options: argparse.Namespace) -> Path:
+def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] | None = None) -> Path:
     """Make the samples that `options` (of `parse_options`) describe, alone or as one of several processes.
+
+    Args:
+        options: flags.
+        approve: is told the file to be and the images' side before the work, and may refuse by a `UserError`.
 
     Returns:
         the finished `.npz`, which is there when any process returns.
@@ -264,6 +268,8 @@ def generate(options: argparse.Namespace) -> Path:
         "command": options.command,
     }
     npz = options.sample_dir / f"{options.name or default_name(options, settings, metadata)}.npz"
+    if approve:
+        approve(npz, side)
     samples = SampleFile(npz, (count, side, side, 3), block_size)
     made = npz.exists() and require_same(record, read_record(npz.with_suffix(".json")), npz, options.overwrite)
     begun = None if made else samples.begun()

@@ -63,7 +63,8 @@ def sample(
         atol: absolute tolerance of `dopri5`. Its step size is shared by the batch, so an image depends on its batch.
 
     Raises:
-        UserError: for an unknown method, fewer than 1 step (2 for the SDE), or what `sde_schedule` refuses.
+        UserError: for an unknown method, fewer than 1 step (2 for the SDE), what `sde_schedule` refuses, or velocities
+            that `dopri5` cannot follow.
     """
     least = 2 if method in ("sde", "sde-heun") else 1
     if method not in METHODS:
@@ -108,7 +109,8 @@ def time_grid(num_steps: int, shift: float, last: float | None = None) -> list[f
     else:
         unshifted = last / (shift - (shift - 1) * last)  # what the shift takes to `last`
         times = torch.linspace(1, unshifted, num_steps, dtype=torch.float64).tolist()
-    return [*(shift * t / (1 + (shift - 1) * t) for t in times), 0.0]
+    # The first is 1 and not the like that rounding makes of it: a time above 1 would lie outside the guidance interval.
+    return [1.0, *(shift * t / (1 + (shift - 1) * t) for t in times[1:]), 0.0]
 
 
 def sde_schedule(
@@ -211,11 +213,20 @@ def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence
 
 
 def dopri5(velocity: Callable[[Tensor, float], Tensor], x: Tensor, rtol: float, atol: float) -> Tensor:
-    """Adaptive fifth-order Runge-Kutta from t = 1 to 0 (torchdiffeq)."""
+    """Adaptive fifth-order Runge-Kutta from t = 1 to 0 (torchdiffeq).
+
+    Raises:
+        UserError: if no step is small enough for the tolerance.
+    """
     from torchdiffeq import odeint
 
     times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
-    return odeint(lambda t, state: velocity(state, float(t)), x, times, rtol=rtol, atol=atol, method="dopri5")[-1]
+    try:
+        return odeint(lambda t, state: velocity(state, float(t)), x, times, rtol=rtol, atol=atol, method="dopri5")[-1]
+    except AssertionError as error:  # no step is small enough, as with values that are not finite
+        raise UserError(
+            f"dopri5 cannot go on ({error}): the velocities are not finite or jump; has the checkpoint's run diverged?"
+        ) from error
 
 
 def classifier_free_guidance(
@@ -244,10 +255,15 @@ def classifier_free_guidance(
         if scale == 1 or not low <= float(t[0]) <= high:
             return model_velocity(x, t, y)
         both = model_velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
-        conditional, unconditional = both.chunk(2)
+        conditional, unconditional = at_least_float32(both).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
     return velocity
+
+
+def at_least_float32(v: Tensor) -> Tensor:
+    """`v` for arithmetic: a network in half precision returns that, in which guidance would round once more."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
 def autoguidance(
@@ -269,8 +285,8 @@ def autoguidance(
         v = model_velocity(x, t, y)
         if scale == 1 or not low <= float(t[0]) <= high:
             return v
-        weak = guide_velocity(x, t, y)
-        return weak + scale * (v - weak)
+        weak = at_least_float32(guide_velocity(x, t, y))
+        return weak + scale * (at_least_float32(v) - weak)
 
     return velocity
 
@@ -288,7 +304,8 @@ class ImageNoise:
 
     def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
-        self.streams = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in indices]
+        keys = [np.array([seed, i], dtype=np.uint64) for i in map(int, indices)]  # from 2^63 on a list becomes floats
+        self.streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def draw(self) -> Tensor:
         """The next noise of every image, (N, C, H, W), float32: first the initial state, then step after step."""

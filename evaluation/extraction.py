@@ -86,8 +86,13 @@ def check_images(reference: Images | FeatureSet, samples: Images, extractor: Ext
     if isinstance(reference, FeatureSet):
         return
     check_reference(reference, extractor)
-    if len(reference) and reference.shape[1:3] != samples.shape[1:3]:
-        sizes = ["{}x{}".format(*images.shape[1:3]) for images in (reference, samples)]
+    check_size(reference, samples.shape[1:3])
+
+
+def check_size(reference: Images, size: tuple[int, int]) -> None:
+    """Raise `UserError` for samples, of this height and width, of another size than the reference's images."""
+    if len(reference) and tuple(reference.shape[1:3]) != tuple(size):
+        sizes = ["{}x{}".format(*shape) for shape in (reference.shape[1:3], size)]
         raise UserError(
             f"image sizes differ: reference {sizes[0]}, samples {sizes[1]} (height x width); "
             "give a reference of the samples' resolution"
@@ -169,19 +174,26 @@ def _in_order(
 ) -> Iterator[Features]:
     """The features of each batch, as arrays, in the images' order, on every process.
 
-    In a round each process takes one batch; in the last one some have none left.
+    In a round each process takes one batch; in the last one some have none left. A file whose damage one of them meets
+    is an error of all in that round: none is left waiting for the others, and the first can tell.
     """
     rank, world = (process.process_index, process.num_processes) if process else (0, 1)
     device = next(extractor.parameters()).device
     batches = _batches(images, batch_size, rank, world)
     for _ in range(0, len(images), batch_size * world):
-        batch = next(batches, None)
-        features = None
+        features = error = None
+        try:
+            batch = next(batches, None)
+        except UserError as damage:
+            batch, error = None, damage
         if batch is not None:
             tensors = extractor(torch.from_numpy(batch.copy()).to(device))  # copied: a view of a file is read-only
             features = Features(*(None if tensor is None else tensor.cpu().numpy() for tensor in tensors))
-        gathered = gather_object([features]) if world > 1 else [features]
-        yield from (features for features in gathered if features is not None)
+        gathered = gather_object([(features, error)]) if world > 1 else [(features, error)]
+        for _, error in gathered:
+            if error is not None:
+                raise error
+        yield from (features for features, _ in gathered if features is not None)
     next(batches, None)  # to the end of the file, where its checksum is verified
 
 

@@ -31,7 +31,8 @@ def choose_labels(
         weights = np.ones(num_classes) if classes == "random" else np.asarray(class_counts, dtype=np.float64)
         edges = np.cumsum(weights) / weights.sum()
         # A stream apart from the image's noise: the top word of the counter, which noise never reaches.
-        streams = (np.random.Philox(key=[seed, i], counter=[0, 0, 0, 1]) for i in range(count))
+        keys = (np.array([seed, i], dtype=np.uint64) for i in range(count))  # from 2^63 on a list becomes floats
+        streams = (np.random.Philox(key=key, counter=[0, 0, 0, 1]) for key in keys)
         uniforms = np.array([np.random.Generator(stream).random() for stream in streams])
         return np.searchsorted(edges, uniforms, side="right").clip(max=num_classes - 1)
     words = classes.replace(",", " ").split()

@@ -265,7 +265,9 @@ def default_name(options: argparse.Namespace, settings: Settings, metadata: dict
 
 
 def run_name(ckpt: str) -> str:
-    """The name of a checkpoint's run: its folder's, or the file's own."""
+    """The name of a checkpoint's run: its folder's, or the file's own; both for the official 0400000.pt, a step."""
     path = checkpoints.file_of(ckpt).resolve()
     folders = [folder.name for folder in path.parents if folder.name != "checkpoints" and folder.name[:5] != "step-"]
-    return folders[0] if path.name == checkpoints.EMA_NAME else path.stem
+    if path.name == checkpoints.EMA_NAME:
+        return folders[0]
+    return f"{folders[0]}-{path.stem}" if path.stem.isdecimal() else path.stem

@@ -59,10 +59,11 @@ def require_same(record: dict[str, Any], found: dict[str, Any], path: Path, over
     different = [key for key in record if key not in CIRCUMSTANCES and found.get(key) != record[key]]
     if different and not overwrite:
         key = different[0]
-        raise UserError(
-            f"{path} was made with {key} {found.get(key, 'unknown')}, now it is {record[key]}: "
-            "choose another --name, or --overwrite"
-        )
+        was, now = found.get(key, "unknown"), record[key]
+        if isinstance(was, dict) and isinstance(now, dict):  # of many settings, the one that differs
+            key = next(name for name in {**now, **was} if (name in was, was.get(name)) != (name in now, now.get(name)))
+            was, now = was.get(key, "unknown"), now.get(key, "unknown")
+        raise UserError(f"{path} was made with {key} {was}, now it is {now}: choose another --name, or --overwrite")
     return not different
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
+from files import written_aside
 
 READ_AT_ONCE = 1 << 24  # bytes
 
@@ -59,14 +60,21 @@ class SampleFile:
         return self.part.stat().st_size < self.end
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Make an empty unfinished file, in place of any other. For one process, while no other has it open."""
+        """Make an empty unfinished file, in place of any other. For one process, while no other has it open.
+
+        Raises:
+            UserError: if the disk does not take it; then nothing is left of it.
+        """
         self.progress.unlink(missing_ok=True)
-        with self.part.open("wb") as file:
-            file.write(self._zip_info(0).FileHeader() + self.npy_header)
-            file.truncate(self.end)
-        aside = self.progress.with_name(f".{self.progress.name}.part")
-        aside.write_bytes(json.dumps(record).encode() + b"\n" + bytes(self.blocks))
-        aside.replace(self.progress)
+        try:
+            with self.part.open("wb") as file:
+                file.write(self._zip_info(0).FileHeader() + self.npy_header)
+                file.truncate(self.end)
+            with written_aside(self.progress) as aside:
+                aside.write_bytes(json.dumps(record).encode() + b"\n" + bytes(self.blocks))
+        except OSError as error:
+            self.part.unlink(missing_ok=True)
+            raise UserError(f"cannot write {self.part}: {error.strerror}; choose another --sample-dir") from error
 
     def missing(self) -> list[int]:
         """The blocks that are not done."""

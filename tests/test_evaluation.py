@@ -398,6 +398,33 @@ def test_three_processes_extract_what_one_does(rng, tmp_path, monkeypatch):
                 np.testing.assert_array_equal(arrays[f"arr_{index}"], array)
 
 
+def test_damage_that_one_process_meets_is_told_by_all(rng, tmp_path):
+    """The checksum is at the end of the file, which whoever takes the last batch meets first."""
+    np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 256, size=(12, 16, 16, 3), dtype=np.uint8))
+    content = bytearray((tmp_path / "s.npz").read_bytes())
+    content[4000] ^= 255
+    (tmp_path / "s.npz").write_bytes(content)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from errors import UserError\n"
+        "from evaluation import ImageArchive, extract\n"
+        "from processes import join_processes\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "from test_evaluation import ColourFeatures\n"
+        "process = join_processes()\n"
+        "for batch_size in (4, 6):  # the first, or the second, of two processes takes the last batch\n"
+        "    try:\n"
+        "        extract(ImageArchive(sys.argv[1]), ColourFeatures(), batch_size, process=process)\n"
+        "    except UserError as error:\n"
+        "        print(f'{batch_size} {process.process_index} {error}\\n', end='')\n"
+        "process.wait_for_everyone()\n"
+    )
+    told = launch(2, program, tmp_path / "s.npz").splitlines()
+    assert sorted(line[:3] for line in told) == ["4 0", "4 1", "6 0", "6 1"]
+    assert all("s.npz: not a complete .npz" in line for line in told)
+
+
 # ---------------------------------------------------------------- archives
 
 
@@ -462,7 +489,7 @@ def test_command_writes_table_and_json(rng, tmp_path, monkeypatch, capsys):
     assert result["features"] == {"name": "inception", "weights_sha256": "none"}
     assert result["versions"]["torch"]
     assert result["recipe"] is None and str(tmp_path / "s.npz") in result["command"]
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "r.npz", "s.npz"]  # nothing left aside
 
 
 def test_what_spoils_a_comparison_is_noted(rng, tmp_path, monkeypatch, capsys):
@@ -534,6 +561,20 @@ def test_official_checkpoint_to_numbers_on_one_and_two_processes(official, tmp_p
     assert one["samples"]["images"] == 70 and one["samples"]["sha256"] == two["samples"]["sha256"]
     assert one["recipe"]["checkpoint"].endswith("tiny.pt") and one["recipe"]["settings"]["cfg_scale"] == 1.5
     assert one["features"]["weights_sha256"] == command.load_extractor("demo").weights_sha256
+
+
+def test_what_does_not_fit_the_samples_to_be_is_told_before_sampling(official, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    (tmp_path / "out").mkdir()
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((80, 32, 32, 3), np.uint8))
+    for reference, flags, words in (
+        (tmp_path / "small.npz", [], "image sizes differ: reference 32x32, samples 64x64"),
+        (official / "r.npz", ["--json", tmp_path / "out/x.json"], "x.json: there generate.py tells"),
+    ):
+        sampling = [*SAMPLING[2:], "--sample-dir", tmp_path / "out", "--name", "x"]
+        code, _, err = run(monkeypatch, capsys, reference, official / "tiny.pt", *sampling, *flags)
+        assert (code, err.count("\n")) == (2, 1) and words in err, err
+        assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_mistakes_with_a_checkpoint_are_told_before_sampling(official, tmp_path, monkeypatch, capsys):

@@ -192,18 +192,25 @@ def test_other_results_of_that_name_are_kept_unless_asked(monkeypatch, run, tmp_
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, run, tmp_path, "--classes", "balanced")
     assert "was made with classes random, now it is balanced" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, run, tmp_path, "--global-seed", "3")
+    assert "x.npz was made with seed 0, now it is 3: choose another --name" in capsys.readouterr().err
     assert (tmp_path / "x.npz").read_bytes() == before
     command(monkeypatch, run, tmp_path, "--classes", "balanced", "--overwrite")
     assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
-def test_diverged_weights_are_no_images(monkeypatch, run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("solver", "words"), [("euler", "samples are not finite"), ("dopri5", "are not finite or jump")]
+)
+def test_diverged_weights_are_no_images(monkeypatch, run, tmp_path, capsys, solver, words):
     checkpoint = checkpoints.read(run)
     weights = {key: torch.full_like(value, torch.nan) for key, value in checkpoint.weights.items()}
     checkpoints.save(tmp_path / "nan.safetensors", weights, checkpoint.config, checkpoint.metadata)
     with pytest.raises(SystemExit, match="2"):
-        command(monkeypatch, run, tmp_path, "--ckpt", str(tmp_path / "nan.safetensors"))
-    assert "samples are not finite" in capsys.readouterr().err
+        command(monkeypatch, run, tmp_path, "--ckpt", str(tmp_path / "nan.safetensors"), "--solver", solver)
+    last = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
+    assert last.startswith("error: ") and words in last
     assert not (tmp_path / "x.npz").exists()
 
 
@@ -235,7 +242,10 @@ def test_checkpoints_of_two_runs_have_two_names(run, tmp_path):
         folder.mkdir(parents=True)
         (folder / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes())
         names.add(name_of(folder))
-    assert {name.split("-")[0] for name in names} == {"one", "two"}
+        official = folder.parent / "0400000.pt"
+        official.touch()
+        names.add(name_of(official, metadata={"path_type": "linear"}))
+    assert {name.split("-sde250-")[0] for name in names} == {"one-step5", "two-step5", "one-0400000", "two-0400000"}
 
 
 @pytest.mark.parametrize(
@@ -285,6 +295,21 @@ def test_damaged_checkpoints_are_one_line_before_anything_is_written(monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_that_fills_up_with_pictures_is_one_line(monkeypatch, run, tmp_path, capsys):
+    command(monkeypatch, run, tmp_path, "--no-grid")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")  # as `write` raises it: it knows no file name
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setattr(Image.Image, "save", full)
+        command(monkeypatch, run, tmp_path)
+    assert capsys.readouterr().err.splitlines()[-1] == "error: cannot write: No space left on device"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.npz"]
+    command(monkeypatch, run, tmp_path)
+    assert (tmp_path / "x.png").exists()
+
+
 def test_png_folder_holds_the_samples(monkeypatch, run, tmp_path):
     command(monkeypatch, run, tmp_path, "--no-grid")
     assert not (tmp_path / "x.png").exists()
@@ -296,11 +321,21 @@ def test_png_folder_holds_the_samples(monkeypatch, run, tmp_path):
 
 
 def test_precision_and_compiled_blocks_make_nearly_the_same_images(monkeypatch, run, tmp_path):
+    calls = []
+
+    def backend(graph, _):  # the graphs that the compiler would get, run as they are: it takes a minute on a CPU
+        return lambda *inputs: calls.append(len(inputs)) or graph.forward(*inputs)
+
+    compile_of = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kind: compile_of(self, backend=backend, **kind))
     images = {}
-    for name, flags in {"plain": [], "bf16": ["--precision", "bf16"]}.items():
+    for name, flags in {"plain": [], "bf16": ["--precision", "bf16"], "compiled": ["--compile"]}.items():
+        assert not calls
         command(monkeypatch, run, tmp_path, "--name", name, "--cfg-scale", "2", *flags)
         images[name] = np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int)
     assert 0 < abs(images["plain"] - images["bf16"]).mean() < 3
+    assert abs(images["plain"] - images["compiled"]).max() <= 1
+    assert len(calls) == 2 * 3  # two blocks in three steps
 
 
 def test_official_checkpoint_goes_through(monkeypatch, run, tmp_path):
@@ -395,7 +430,8 @@ def test_labels():
     few, many = choose("random", 10, 3, None, 7), choose("random", 3000, 3, None, 7)
     assert few.tolist() == many[:10].tolist()
     assert (abs(np.bincount(many) - 1000) < 120).all()
-    assert few.tolist() != choose("random", 10, 3, None, 8).tolist()
+    for seeds in ((7, 8), (2**64 - 2, 2**64 - 1)):
+        assert choose("random", 10, 3, None, seeds[0]).tolist() != choose("random", 10, 3, None, seeds[1]).tolist()
     assert (abs(np.bincount(choose("data", 3000, 3, [7, 0, 3], 7)) - [2100, 0, 900]) < 120).all()
     with pytest.raises(UserError, match="does not tell how frequent its classes are"):
         choose("data", 10, 3, None, 7)

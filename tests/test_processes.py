@@ -1,6 +1,7 @@
 """Starting programs on two CPU processes, as a user does."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,20 @@ def test_a_mistake_of_one_process_is_told(monkeypatch, capsys):
         with pytest.raises(UserError), reported_by_any_process(11):
             raise UserError("sample 5 is damaged")
         assert capsys.readouterr().err == told
+
+
+def test_an_interrupt_is_one_line_and_stays_an_interrupt(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from errors import exits_on_user_error\n"
+        "@exits_on_user_error\n"
+        "def main():\n"
+        "    raise KeyboardInterrupt\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "0"}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "interrupted\n")
 
 
 def test_two_processes_make_the_bytes_of_one(run, tmp_path):  # noqa: F811

@@ -1,6 +1,7 @@
 """The file of samples: its bytes, its place for every image, what a kill leaves."""
 
 import json
+import resource
 import zipfile
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_a_full_disk_is_one_line_and_marks_nothing(tmp_path, images, monkeypatch
     with pytest.raises(UserError, match="No space left on device; what is done is kept, the same command continues"):
         samples.write([0, 1], images[:2])
     assert samples.missing() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("limit", [64, 800])  # bytes: the header does not fit; the images do not
+def test_a_disk_that_is_full_at_the_start_is_one_line_and_leaves_nothing(tmp_path, limit):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)  # a file of more bytes is refused as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*x.npz.part: File too large; choose another --sample-dir"):
+            SampleFile(tmp_path / "x.npz", (7, 16, 16, 3), 2).begin({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_short_writes_are_completed(tmp_path, images, monkeypatch):

@@ -168,6 +168,16 @@ def test_time_shift_bends_the_grid_between_its_ends(shift):
     assert (sde[1] > samplers.time_grid(4, 1.0, 0.04)[1]) == (shift > 1)
 
 
+@pytest.mark.parametrize("shift", [0.05, 0.1, 0.2, 1.0, 3.3])
+def test_a_shifted_grid_begins_at_1_where_guidance_is_on(shift):
+    model, noise = RowCounter(), torch.zeros(2, 4)
+    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), 7, 1.5)
+    for method in ("sde", "euler"):
+        samplers.sample(velocity, noise, method=method, num_steps=5, time_shift=shift, step_noise=lambda _: noise)
+    assert model.rows == [4] * 10
+    assert samplers.time_grid(5, shift)[0] == samplers.time_grid(5, shift, samplers.SDE_LAST_TIME)[0] == 1
+
+
 def test_shifted_grid_converges_to_the_same_map():
     noise = normal(100)
     x = samplers.sample(gaussian_velocity("linear"), noise, method="heun", num_steps=200, time_shift=2.0)
@@ -247,6 +257,18 @@ def test_guidance_formula_on_all_channels():
     assert torch.equal(v, (7 + 1.5 * (torch.tensor([[1.0], [3.0]]) - 7)).expand(2, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_guidance_of_a_network_in_half_precision_does_not_round_again(dtype):
+    strong, weak = (normal(2, 50, seed=seed).to(dtype) for seed in (1, 2))
+    expected = weak.double() + 1.325 * (strong.double() - weak.double())
+    x, t, y = torch.zeros(2, 50), torch.full((2,), 0.5), torch.tensor([1, 3])
+    both = lambda x, t, y: torch.cat([strong, weak])  # noqa: E731
+    free = samplers.classifier_free_guidance(both, y, 7, 1.325)(x, t)
+    auto = samplers.autoguidance(lambda *_: strong, lambda *_: weak, y, 1.325)(x, t)
+    for v in (free, auto):
+        assert torch.allclose(v.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_guidance_costs_two_rows_inside_its_interval_and_one_outside():
     model = RowCounter()
     velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), 7, 1.5, low=0.3, high=0.7)
@@ -300,7 +322,8 @@ def test_image_noise_depends_on_seed_and_index_alone():
     alone = samplers.ImageNoise(3, [6], shape)
     for _ in range(3):
         assert torch.equal(together.draw()[1], alone.draw()[0])
-    assert not torch.equal(samplers.ImageNoise(4, [6], shape).draw(), samplers.ImageNoise(3, [6], shape).draw())
+    seeds = [3, 4, 2**62 + 1, 2**63 + 1, 2**63 + 2, 2**64 - 2, 2**64 - 1]
+    assert len({samplers.ImageNoise(seed, [6], shape).draw().numpy().tobytes() for seed in seeds}) == len(seeds)
     many = samplers.ImageNoise(0, range(2000), (100,)).draw()
     assert len(np.unique(many[:, 0])) == 2000
     assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
