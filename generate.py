@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import samplers
 from errors import UserError, exits_on_user_error
-from files import write_text
+from files import only_writer, write_text
 from generation.labels import choose_labels
 from generation.options import (
     Settings,
@@ -271,7 +271,8 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
     if approve:
         approve(npz, side)
     samples = SampleFile(npz, (count, side, side, 3), block_size)
-    made = npz.exists() and require_same(record, read_record(npz.with_suffix(".json")), npz, options.overwrite)
+    stood = npz.exists()
+    made = stood and require_same(record, read_record(npz.with_suffix(".json")), npz, options.overwrite)
     begun = None if made else samples.begun()
     goes_on = begun is not None and require_same(record, begun, samples.part, options.overwrite)
     if not made:
@@ -284,24 +285,26 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
         if process.is_main_process:
             print("made already with these settings: nothing to do")
     else:
-        if process.is_main_process and (not goes_on or samples.is_cut_off()):
-            options.sample_dir.mkdir(parents=True, exist_ok=True)
-            samples.begin(record)
-        process.wait_for_everyone()
-        mine = samples.indices(samples.missing()[process.process_index :: process.num_processes])
-        process.wait_for_everyone()  # all have seen what is missing before one of them makes any of it
-        batches = generate_images(
-            model, lambda z: decode(vae, z), labels, settings, mine, options.per_proc_batch_size, guide
-        )
-        with reported_by_any_process(process.process_index), arithmetic(options.tf32):
-            write_batches(samples, batches, len(mine), shows_progress=process.is_main_process)
-        process.wait_for_everyone()
-        if process.is_main_process:
-            samples.complete(labels[:count])
-            npz.unlink(missing_ok=True)  # never older images beside a newer record
-            write_text(npz.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
-            samples.publish()
-        process.wait_for_everyone()
+        with only_writer(npz, "--name or --sample-dir") if process.is_main_process else nullcontext():
+            if process.is_main_process and (npz.exists(), samples.begun()) != (stood, begun):
+                raise UserError(f"{npz} has just been made by another process: give the same command again")
+            if process.is_main_process and (not goes_on or samples.is_cut_off()):
+                samples.begin(record)
+            process.wait_for_everyone()
+            mine = samples.indices(samples.missing()[process.process_index :: process.num_processes])
+            process.wait_for_everyone()  # all have seen what is missing before one of them makes any of it
+            batches = generate_images(
+                model, lambda z: decode(vae, z), labels, settings, mine, options.per_proc_batch_size, guide
+            )
+            with reported_by_any_process(process.process_index), arithmetic(options.tf32):
+                write_batches(samples, batches, len(mine), shows_progress=process.is_main_process)
+            process.wait_for_everyone()
+            if process.is_main_process:
+                samples.complete(labels[:count])
+                npz.unlink(missing_ok=True)  # never older images beside a newer record
+                write_text(npz.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+                samples.publish()
+            process.wait_for_everyone()
 
     # ---- 3. Pictures -----------------------------------------------------------------------------------------------
     samples.use_finished()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Samples a checkpoint, and scores the samples if there is a reference:
 #   bash script/eval.sh CKPT REF.npz [flags of generate.py]
-# Interrupted, the same command goes on where it stopped.
+# EVAL_FLAGS="--inception-weights FILE --cache DIR" are flags of evaluate.py. Interrupted, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,4 +18,4 @@ fi
 # A pipe fails with any of its programs (pipefail), and with it this script (-e).
 samples=$(bash script/launch.sh generate.py --ckpt "$CKPT" "$@" | tee >(cat >&2) | sed -n 's/^samples: //p')
 [ -e "$REF" ] || exit 0
-exec bash script/launch.sh evaluate.py "$REF" "$samples" --json "${samples%.npz}-metrics.json"
+exec bash script/launch.sh evaluate.py "$REF" "$samples" --json "${samples%.npz}-metrics.json" ${EVAL_FLAGS:-}

@@ -12,13 +12,21 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(*arguments):
+def run(*line, **environment):
     """Run one command of the repository from its root; return its stdout."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    line = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    environment = {name: str(value) for name, value in environment.items()}
+    done = subprocess.run(
+        [str(word) for word in line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def python(*arguments):
+    """Run a Python program as `run` does."""
+    return run(sys.executable, *arguments)
 
 
 def draw_images(folder, count=70):
@@ -55,6 +63,11 @@ def test_from_images_to_a_score(tmp_path):
     with np.load(samples) as arrays:
         assert arrays["arr_0"].shape == (70, 64, 64, 3) and set(arrays["arr_1"]) == {0, 1}
 
+    environment = {"CKPT": tmp_path / "run", "REF": reference, "EVAL_FLAGS": "--features demo"}
+    flags = ["--num-fid-samples", 70, "--num-steps", 2, "--classes", "data", "--cfg-scale", 1.5, "--name", "scored"]
+    out = run("bash", "script/small/eval.sh", "--sample-dir", tmp_path, *flags, **environment)
+    assert "demo Frechet distance" in out and (tmp_path / "scored-metrics.json").exists()
+    assert (tmp_path / "scored.npz").read_bytes() == samples.read_bytes()  # made again, they are the same
     python("evaluate.py", reference, samples, "--features", "demo", "--json", tmp_path / "metrics.json")
     python("evaluate.py", reference, reference, "--features", "demo", "--json", tmp_path / "same.json")
     distance, same = (

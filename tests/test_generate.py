@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from sample_data import killed_after, start
 
+import files
 import generate
 from errors import UserError
 from models import DeepFlow, checkpoints
@@ -265,6 +266,14 @@ def test_mode_solver_and_heun_together_name_a_sampler(flags, method):
     assert generate.parse_options(["--ckpt", "c", *flags.split()]).method == method
 
 
+def test_two_commands_do_not_make_one_file(monkeypatch, run, tmp_path, capsys):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    with files.only_writer(tmp_path / "x.npz"), pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, run, tmp_path, "--name", "x")
+    assert "x.npz is being written by another process" in capsys.readouterr().err
+    command(monkeypatch, run, tmp_path, "--name", "x")
+
+
 def test_generate_is_a_function_that_leaves_no_trace(run, tmp_path):
     threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     flags = ["--num-fid-samples", "3", "--num-steps", "2", "--sample-dir", str(tmp_path), "--no-tf32"]
@@ -304,7 +313,7 @@ def test_a_disk_that_fills_up_with_pictures_is_one_line(monkeypatch, run, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
         patch.setattr(Image.Image, "save", full)
         command(monkeypatch, run, tmp_path)
-    assert capsys.readouterr().err.splitlines()[-1] == "error: cannot write: No space left on device"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {tmp_path / 'x.png'}: No space left on device"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.npz"]
     command(monkeypatch, run, tmp_path)
     assert (tmp_path / "x.png").exists()
