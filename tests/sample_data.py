@@ -6,10 +6,12 @@ import random
 import shutil
 import signal
 import sys
+import threading
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from preprocessing import dataset_tools
 from preprocessing.packed_writer import packed_manifest, write_packed
@@ -99,7 +101,12 @@ def run_main(monkeypatch, *arguments):
 
 def start(work, *arguments):
     """Start `work(*arguments)` in a process of its own, which has all modules loaded already."""
-    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+
+    def with_own_lock():
+        tqdm.set_lock(threading.RLock())  # tqdm's is shared with the parent: who is killed with it in hand keeps it
+        work(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=with_own_lock)
     process.start()
     return process
 
