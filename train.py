@@ -36,12 +36,12 @@ from dataset import DataOrder, DeviceLatents, LatentBatch, latent_batches
 from errors import UserError, exits_on_user_error
 from files import only_writer
 from loss import DeepFlowLoss
-from models import checkpoints
+from models import DeepFlow, checkpoints
 from models.ssl_encoders import load_encoder
 from models.vae import sample_latents
 from processes import join_processes, reported_by_any_process
 from training import checkpointing, guard, logging, parallel
-from training.ema import averages
+from training.ema import EMA, averages
 from training.options import parse_options
 from training.plan import (
     Plan,
@@ -129,25 +129,7 @@ def train_until(options: argparse.Namespace, stop: Event, held: ExitStack) -> bo
     torch.set_float32_matmul_precision("high" if options.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = options.allow_tf32
     accelerator = logging.make_accelerator(options, run, step)
-    torch.manual_seed(options.seed)  # the initial weights are the only use of the global generator
-    network = build_network(options, data, plan.features)
-    network.checkpoint_activations = options.activation_checkpointing
-    if saved:
-        network.load_state_dict(saved.model)
-    if not parallel.is_sharded():  # else seed or file alone make it the same everywhere: no device has to hold all
-        parallel.synchronise(network.to(device))  # before anything is copied from it, so that all averages start equal
-    emas = averages(network, options.ema_decay, options.ema_std)
-    for name, ema in emas.items() if saved else ():
-        ema.model.load_state_dict(saved.ema[name])
-    if options.compile:
-        for block in network.repeated_blocks():
-            block.compile()
-    if parallel.is_sharded():
-        for part in (network, *(ema.model for ema in emas.values())):
-            parallel.shard(part, device)
-        model = network
-    else:
-        model = parallel.replicate(network, device)
+    network, model, emas = build_models(options, plan, saved, device)
     loss_fn = DeepFlowLoss(
         path_type=options.path_type,
         weighting=options.weighting,
@@ -158,14 +140,7 @@ def train_until(options: argparse.Namespace, stop: Event, held: ExitStack) -> bo
         cfg_prob=options.cfg_prob,
     )
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-        fused=True,  # one launch, and the only one that can be told on the device not to update
-    )
+    optimizer = make_optimizer(options, parameters)
     scale = make_loss_scale(options.mixed_precision)
     columns = ["grad_norm", "loss", *(f"velocity_{i + 1}" for i in range(network.num_branches)), "acceleration"]
     columns += ["alignment"] if options.ssl_align else []
@@ -360,6 +335,42 @@ def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialSta
     if mistake:
         raise mistake
     return encoders
+
+
+def build_models(
+    options: argparse.Namespace, plan: Plan, saved: checkpointing.TrainingState | None, device: torch.device
+) -> tuple[DeepFlow, nn.Module, dict[str, EMA]]:
+    """The network, what computes its gradients on all processes (itself, or DDP around it), and its averages."""
+    torch.manual_seed(options.seed)  # the initial weights are the only use of the global generator
+    network = build_network(options, plan.data, plan.features)
+    network.checkpoint_activations = options.activation_checkpointing
+    if saved:
+        network.load_state_dict(saved.model)
+    if not parallel.is_sharded():  # else seed or file alone make it the same everywhere: no device has to hold all
+        parallel.synchronise(network.to(device))  # before anything is copied from it, so that all averages start equal
+    emas = averages(network, options.ema_decay, options.ema_std)
+    for name, ema in emas.items() if saved else ():
+        ema.model.load_state_dict(saved.ema[name])
+    if options.compile:
+        for block in network.repeated_blocks():
+            block.compile()
+    if not parallel.is_sharded():
+        return network, parallel.replicate(network, device), emas
+    for part in (network, *(ema.model for ema in emas.values())):
+        parallel.shard(part, device)
+    return network, network, emas
+
+
+def make_optimizer(options: argparse.Namespace, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW as the options say."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=True,  # one launch, and the only one that can be told on the device not to update
+    )
 
 
 def make_loss_scale(precision: str) -> guard.LossScale:
