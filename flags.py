@@ -3,7 +3,12 @@
 import argparse
 from collections.abc import Callable, Sequence
 
+import torch
+
 from errors import UserError
+
+# What a network runs in by autocast; "no" is no autocast.
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def number(kind: type, low: float, high: float = float("inf"), below: bool = False) -> Callable[[str], float]:

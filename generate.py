@@ -28,6 +28,7 @@ from tqdm import tqdm
 import samplers
 from errors import UserError, exits_on_user_error
 from files import only_writer, write_text
+from flags import PRECISIONS
 from generation.labels import choose_labels
 from generation.options import (
     Settings,
@@ -48,7 +49,6 @@ __all__ = ["LabeledImages", "Settings", "build_parser", "choose_labels", "genera
 
 VAES = {"ema": SD_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # the official names of --vae
 BLOCK_TOKENS = {"cuda": 8192, "cpu": 256}  # of a network call without guidance; with it, twice as many
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LabeledImages(NamedTuple):
@@ -139,8 +139,8 @@ def make_block(
 
     with torch.inference_mode():
         # Around all steps: autocast keeps the weights it has cast until its end.
-        dtype = PRECISIONS.get(settings.precision)
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        dtype = PRECISIONS[settings.precision]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             latents = samplers.sample(
                 velocity,
                 draw(),

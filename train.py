@@ -35,6 +35,7 @@ from tqdm import tqdm
 from dataset import DataOrder, DeviceLatents, LatentBatch, latent_batches
 from errors import UserError, exits_on_user_error
 from files import only_writer
+from flags import PRECISIONS
 from loss import DeepFlowLoss
 from models import DeepFlow, checkpoints
 from models.ssl_encoders import load_encoder
@@ -323,7 +324,7 @@ def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialSta
     """
     if not options.ssl_align or plan.features:
         return []
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
+    dtype = PRECISIONS[options.mixed_precision]
     files = options.enc_weights or [None] * len(options.enc_type)
     encoders, mistake = [], None
     with processes.local_main_process_first():  # it downloads what is not in the cache

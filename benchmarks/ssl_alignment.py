@@ -21,11 +21,11 @@ import torch
 
 from dataset import DataOrder, LatentBatch, PackedLatents, latent_batches
 from errors import OneLineParser, exits_on_user_error
+from flags import PRECISIONS
 from loss import DeepFlowLoss
 from models import create_model
 from models.ssl_encoders import encoder_width, load_encoder
 from models.vae import sample_latents
-from preprocessing.encode_ssl import PRECISIONS
 from preprocessing.packed_writer import PackedJob, features_manifest, packed_manifest
 from processes import usable_device
 from ssl_features import PackedFeatures

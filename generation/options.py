@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import OneLineParser, UserError
-from flags import number, numbers
+from flags import PRECISIONS, number, numbers
 from interpolant import PATHS
 from models import checkpoints
 from models.presets import NAME, model_config
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--per-proc-batch-size", type=number(int, 1), default=64, help="images made and written together on each "
         "device, rounded up to whole blocks; no influence on the images")  # fmt: skip
-    add("--precision", choices=["no", "bf16", "fp16"], default="no", help="autocast of the network; no is float32")
+    add("--precision", choices=list(PRECISIONS), default="no", help="autocast of the network; no is float32")
     add("--tf32", action=boolean, default=True, help="TF32 matrix products on GPUs that have them")
     add("--compile", action=boolean, default=False, help="compile the transformer blocks")
 

@@ -196,12 +196,19 @@ def _build(name: str, recipe: Recipe, tokens_a_side: int, pretrained: bool) -> "
         ) from error
 
 
+def require_weights(weights: str | Path) -> None:
+    """Raise `UserError` unless `weights`, as `load_encoder` takes them, are `random` or a file that is there."""
+    if weights != RANDOM and not Path(weights).is_file():
+        raise UserError(
+            f"no weights file {weights}: give a local file, or {RANDOM} for untrained weights (--enc-weights)"
+        )
+
+
 def _load_file(vit: "VisionTransformer", file: Path, name: str) -> None:
     """Load weights from a file into the network, position embeddings resampled to its size."""
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    if not file.is_file():
-        raise UserError(f"no weights file {file}: give a local file, or {RANDOM} for untrained weights (--enc-weights)")
+    require_weights(file)
     try:
         content = _read(file)
         for key in ("state_dict", "model"):

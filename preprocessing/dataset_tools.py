@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python prepr
 from errors import OneLineParser, UserError, exits_on_user_error
 from evaluation.features import load_extractor
 from file_layout import SD_VAE
+from flags import PRECISIONS
 from preprocessing.convert import convert, describe
 from preprocessing.encode import encode
-from preprocessing.encode_ssl import PRECISIONS, encode_ssl
+from preprocessing.encode_ssl import encode_ssl
 from preprocessing.images import list_images
 from preprocessing.pack import pack
 from preprocessing.pixels import TRANSFORMS

@@ -26,6 +26,7 @@ from tqdm import tqdm, trange
 
 from errors import OneLineParser, UserError, exits_on_user_error
 from evaluation.features import DemoFeatures
+from files import written_aside
 from models import vae as latent_space
 from models.ssl_encoders import RANDOM, load_encoder
 
@@ -241,10 +242,9 @@ def train_vit(data: Path, dest: Path, steps: int, batch_size: int, lr: float, se
 def save_weights(net: nn.Module, dest: Path, metadata: dict[str, str] | None = None) -> None:
     """Write the weights of `net` to the file `dest` (safetensors), beside its place first."""
     dest.parent.mkdir(parents=True, exist_ok=True)
-    aside = dest.with_name(f".{dest.name}.partial")
     state = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
-    save_file(state, aside, metadata=metadata)
-    aside.replace(dest)
+    with written_aside(dest) as aside:
+        save_file(state, aside, metadata=metadata)
 
 
 def corrupt(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from dataset import MANIFEST, PackedLatents
 from errors import UserError
 from file_layout import FileStore
 from files import only_writer
+from flags import PRECISIONS
 from models.ssl_encoders import load_encoder
 from models.vae import weights_sha256
 from preprocessing.encode import ImageBatches, encode_units
@@ -22,8 +23,6 @@ from preprocessing.images import list_images
 from preprocessing.packed_writer import SHARD_BYTES, PackedJob, features_manifest, row_type
 from preprocessing.processes import joined_processes
 from preprocessing.source_identity import source_sha256
-
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def encode_ssl(
@@ -43,8 +42,8 @@ def encode_ssl(
     """Encode the images in `source` to packed features in `dest`, or go on where that was stopped.
 
     `source` is a folder or zip of images, or packed latents that were written with the images. `encoder_name` and
-    `weights` are as in `load_encoder`; `precision` (of `PRECISIONS`) is what the encoder runs in. By default there are
-    as many tokens as a network of patch size 2 has: for images the SD-VAE's latents are assumed. `flip` stores the
+    `weights` are as in `load_encoder`; `precision` (of `flags.PRECISIONS`) is what the encoder runs in. By default
+    there are as many tokens as a network of patch size 2 has: for images the SD-VAE's latents are assumed. `flip` stores the
     features of the mirror images too. The size on disk is printed before any work. For the rest see `encode.encode`.
 
     Raises `UserError` for a source or an encoder that does not fit, too little free disk, and as `encode` does.

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ SPIKE, MEMORY = 2.0, 0.99  # see `MetricLog`
 STATE = ("window", "logged_step", "usual_loss", "spikes", "skipped")
 
 
+@cache
 def code_commit() -> str | None:
-    """The commit of this code, with `+` where files were changed since; None outside a git checkout."""
+    """The commit of the code that runs, asked once, with `+` where files were changed since; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

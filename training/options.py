@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import OneLineParser, UserError
-from flags import number, numbers
+from flags import PRECISIONS, number, numbers
 
 # What, with architecture and data, makes two runs one experiment: a checkpoint continues only under equal values.
 EXPERIMENT = (
@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="decay of the weight average, or several: the first is ema.safetensors")  # fmt: skip
     add("--ema-std", type=number(float, 0.01, 0.28), nargs="*", default=[], metavar="S",
         help="averages of power-function profile too, by their width relative to the run's length")  # fmt: skip
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="precision of the network's forward and backward "
+    add("--mixed-precision", choices=list(PRECISIONS), help="precision of the network's forward and backward "
         "(default: fp16 on a GPU, else no)")  # fmt: skip
     add("--activation-checkpointing", action=boolean, default=False, help="compute blocks again in the backward "
         "rather than keep their activations: a third more time, a fraction of the memory")  # fmt: skip

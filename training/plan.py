@@ -21,7 +21,7 @@ from errors import UserError
 from files import file_sha256
 from models import DeepFlow, create_model
 from models.presets import model_config
-from models.ssl_encoders import RANDOM, encoder_width
+from models.ssl_encoders import RANDOM, encoder_width, require_weights
 from ssl_features import PackedFeatures
 from training import checkpointing
 from training.logging import code_commit
@@ -152,10 +152,7 @@ def open_features(options: argparse.Namespace, data: LatentData | None) -> list[
         options.enc_type = encoders
         return features
     for file in options.enc_weights or []:
-        if file != RANDOM and not Path(file).is_file():
-            raise UserError(
-                f"no weights file {file}: give a local file, or {RANDOM} for untrained weights (--enc-weights)"
-            )
+        require_weights(file)
     if options.ssl_align and data is not None:
         if not data.has_images:
             raise UserError(
