@@ -43,8 +43,9 @@ def encode_ssl(
 
     `source` is a folder or zip of images, or packed latents that were written with the images. `encoder_name` and
     `weights` are as in `load_encoder`; `precision` (of `flags.PRECISIONS`) is what the encoder runs in. By default
-    there are as many tokens as a network of patch size 2 has: for images the SD-VAE's latents are assumed. `flip` stores the
-    features of the mirror images too. The size on disk is printed before any work. For the rest see `encode.encode`.
+    there are as many tokens as a network of patch size 2 has: for images the SD-VAE's latents are assumed. `flip`
+    stores the features of the mirror images too. The size on disk is printed before any work. For the rest see
+    `encode.encode`.
 
     Raises `UserError` for a source or an encoder that does not fit, too little free disk, and as `encode` does.
     """

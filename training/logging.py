@@ -32,7 +32,7 @@ STATE = ("window", "logged_step", "usual_loss", "spikes", "skipped")
 
 @cache
 def code_commit() -> str | None:
-    """The commit of the code that runs, asked once, with `+` where files were changed since; None outside a checkout."""
+    """The commit of the code that runs, asked once, with `+` where files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
