@@ -3,6 +3,7 @@
 DEEPFLOW_KILLED_RUNS=100 python -m pytest tests/test_train_killed.py        as many as that, where the default is a few
 """
 
+import multiprocessing
 import os
 import random
 import re
@@ -11,7 +12,6 @@ import signal
 import time
 
 import pytest
-from sample_data import start as start_process
 from training_runs import assert_same_run
 
 import train
@@ -19,6 +19,9 @@ from training.checkpointing import saved_steps
 from training.options import parse_options
 
 RUNS = int(os.environ.get("DEEPFLOW_KILLED_RUNS", "5"))
+# Processes with the modules loaded, forked from one that has never trained: other tests may leave autograd threads.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["train"])
 EVERY = 3  # steps between checkpoints
 
 
@@ -28,17 +31,24 @@ def first_step_of(log):
     return match and int(match[1])
 
 
+def train_logged(line, log):
+    """Train, with all that is printed in a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    train.train(parse_options(line))
+
+
 def test_killed_runs_lose_no_more_than_since_the_last_checkpoint(command, tmp_path):
     flags = ("--checkpointing-steps", EVERY, "--keep-last", "2")
 
-    def work(name, log):
-        with log.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        train.train(parse_options(command(*flags, name=name, steps=10)))
+    def start_process(name, log):
+        process = FRESH.Process(target=train_logged, args=(command(*flags, name=name, steps=10), log))
+        process.start()
+        return process
 
     began = time.perf_counter()
-    whole = start_process(work, "whole", tmp_path / "whole.log")
+    whole = start_process("whole", tmp_path / "whole.log")
     whole.join()
     seconds = time.perf_counter() - began
     assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
@@ -48,7 +58,7 @@ def test_killed_runs_lose_no_more_than_since_the_last_checkpoint(command, tmp_pa
         run, reached = tmp_path / name, 0
         for _ in range(60):
             before = max(saved_steps(run), default=0)
-            process = start_process(work, name, log)
+            process = start_process(name, log)
             process.join(moments.uniform(0, 1.5 * seconds))
             process.kill()  # does nothing if it has ended
             process.join()
