@@ -42,6 +42,7 @@ from generation.pictures import save_grid, save_pngs
 from generation.record import describe_machine, describe_sources, read_record, require_same
 from generation.sample_file import SampleFile
 from models import DeepFlow, checkpoints
+from models.precision import cast_products
 from models.vae import SD_VAE, decode, load_vae, weights_sha256
 from processes import join_processes, reported_by_any_process
 
@@ -138,7 +139,6 @@ def make_block(
         return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
 
     with torch.inference_mode():
-        # Around all steps: autocast keeps the weights it has cast until its end.
         dtype = PRECISIONS[settings.precision]
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             latents = samplers.sample(
@@ -276,8 +276,9 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
     begun = None if made else samples.begun()
     goes_on = begun is not None and require_same(record, begun, samples.part, options.overwrite)
     if not made:
-        model = load_network(checkpoint, options.ckpt, device, options.compile)
-        guide = guide_checkpoint and load_network(guide_checkpoint, options.autoguidance_ckpt, device, options.compile)
+        how = device, options.compile, settings.precision
+        model = load_network(checkpoint, options.ckpt, *how)
+        guide = guide_checkpoint and load_network(guide_checkpoint, options.autoguidance_ckpt, *how)
     process.wait_for_everyone()  # all have seen what stands there before one of them changes it
 
     # ---- 2. The blocks that are missing, each process its share ----------------------------------------------------
@@ -330,12 +331,16 @@ def arithmetic(tf32: bool) -> Iterator[None]:
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
-def load_network(checkpoint: checkpoints.Checkpoint, name: str, device: torch.device, compiled: bool) -> DeepFlow:
-    """The network of a checkpoint on a device, its transformer blocks compiled on request (they are all alike)."""
+def load_network(
+    checkpoint: checkpoints.Checkpoint, name: str, device: torch.device, compiled: bool, precision: str
+) -> DeepFlow:
+    """The network of a checkpoint on a device, its blocks and heads compiled on request."""
     model = checkpoints.build(checkpoint, name).to(device)
+    if precision != "no":
+        cast_products(model, PRECISIONS[precision])
     if compiled:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        for part in [*model.repeated_blocks(), *model.heads()]:
+            part.compile(dynamic=False)
     return model
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from errors import UserError
 from models import DeepFlow, create_model
 from models.blocks import TimestepEmbedder, sincos_position_embedding, unpatchify
+from models.precision import cast_products
 
 TINY = dict(hidden_size=16, depth=4, num_heads=2, num_classes=3, projector_dim=8, input_size=4)
 
@@ -293,3 +294,14 @@ def test_bad_configurations_are_user_errors(change, message):
 def test_bad_names_are_user_errors(name, overrides, message):
     with pytest.raises(UserError, match=message):
         create_model(name, **overrides)
+
+
+def test_products_kept_in_half_precision_answer_as_autocast_does(golden_model, golden_io):
+    x, y, t = golden_io["x"], golden_io["y"], golden_io["ts"][0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = golden_model.velocity(x, t, y)
+        cast_products(golden_model, torch.bfloat16)
+        assert torch.equal(golden_model.velocity(x, t, y), expected)
+    assert golden_model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert golden_model.df_blocks[0].cross_attention.multihead_attn.in_proj_weight.dtype == torch.bfloat16
+    assert golden_model.pos_embed.dtype == golden_model.y_embedder.embedding_table.weight.dtype == torch.float32
