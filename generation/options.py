@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--per-proc-batch-size", type=number(int, 1), default=64, help="images made and written together on each "
         "device, rounded up to whole blocks; no influence on the images")  # fmt: skip
-    add("--precision", choices=list(PRECISIONS), default="no", help="of the network's matrix products, weights included; no is float32")
+    add("--precision", choices=list(PRECISIONS), default="no", help="of matrix products and their weights; no: float32")
     add("--tf32", action=boolean, default=True, help="TF32 matrix products on GPUs that have them")
     add("--compile", action=boolean, default=False, help="compile the transformer blocks")
 
