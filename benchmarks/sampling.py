@@ -1,0 +1,158 @@
+"""How fast images are sampled, and how near the machine's ceilings.
+
+    python -m benchmarks.sampling --output sampling.json
+    python -m benchmarks.sampling --model DeepFlow-B/2-2T --precisions no,bf16 --device cpu
+
+Images are made by `generate.generate_images` in its own blocks, of latents that are not decoded. Two short runs of the
+SDE, of --steps and three times as many, give the time of a step and what does not grow with the steps; from these
+follow the images/s of 250 steps, which are not run here.
+"""
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.machine import KIND_OF_PRECISION, matrix_rate
+from benchmarks.profiling import profile
+from benchmarks.rows import SIZES, TINY_SIZES, Rows, benchmark_device, random_network, summary, words
+from errors import OneLineParser, UserError, exits_on_user_error
+from flags import PRECISIONS, number
+from generate import Settings, arithmetic, generate_images, images_per_block, load_network
+from models import DeepFlow, create_model
+from models.checkpoints import Checkpoint
+from training.logging import memory_gib
+from training.plan import peak_flops
+
+FULL_STEPS = 250  # the paper's
+GUIDANCE = {"guided": 1.5, "unguided": 1.0}
+
+
+def as_pixels(latents: Tensor) -> Tensor:
+    """In place of a decoder: the first three channels as they are."""
+    return latents[:, :3].clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def velocity_macs(model: str, sizes: dict[str, int]) -> int:
+    """Multiply-adds of one image's velocity."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = create_model(model, **sizes)
+        x = torch.empty(1, network.config["in_channels"], network.config["input_size"], network.config["input_size"])
+        network.velocity(x, torch.empty(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops() // 2
+
+
+def sampler_of(model: DeepFlow, precision: str, guidance: str) -> Callable[[int], None]:
+    """A function that makes one block of images in a number of steps."""
+    size = images_per_block(model.config, model.pos_embed.device.type)
+    labels = np.arange(size) % model.num_classes
+
+    def sample(steps: int) -> None:
+        settings = Settings(num_steps=steps, cfg_scale=GUIDANCE[guidance], precision=precision)
+        with arithmetic(tf32=True):
+            for _ in generate_images(model, as_pixels, labels, settings, range(size), size):
+                pass
+
+    return sample
+
+
+def measure_row(
+    name: str,
+    precision: str,
+    guidance: str,
+    compiled: bool,
+    device: torch.device,
+    sizes: dict,
+    steps: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """One way to sample: the time of a step, images/s of 250, shares of the ceilings."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    torch._dynamo.reset()
+    sample, size = build_sampler(name, precision, guidance, compiled, device, sizes)
+    began = time.perf_counter()
+    sample(2)
+    start_up = time.perf_counter() - began
+    lengths: dict[int, list[float]] = {steps: [], 3 * steps: []}
+    for _ in range(repeats):
+        for length, seconds in lengths.items():
+            began = time.perf_counter()
+            sample(length)  # ends with the images on the host
+            seconds.append(time.perf_counter() - began)
+    few, many = (sorted(seconds)[len(seconds) // 2] for seconds in lengths.values())
+    a_step = (many - few) / (2 * steps)
+    total = max(0.0, few - steps * a_step) + FULL_STEPS * a_step
+    differences = [(m - f) / (2 * steps) for f, m in zip(*lengths.values(), strict=True)]
+    flop = 2 * velocity_macs(name, sizes) * size * (2 if guidance == "guided" else 1)
+    measured = matrix_rate(KIND_OF_PRECISION[precision], device, count=10)["tflops"]
+    row = {"model": name, "precision": precision, "guidance": guidance, "compiled": compiled, "block": size}
+    row |= {"images_per_second_250": size / total, **summary(differences), "ms": 1e3 * a_step}
+    row |= {"tflops": flop / a_step / 1e12, "start_up_s": start_up}
+    if peak := peak_flops(device, precision):
+        row["share_data_sheet"] = flop / a_step / peak
+    row |= {"share_measured": flop / a_step / 1e12 / measured, "measured_tflops": measured}
+    return row | ({"peak_gib": memory_gib(device)} if device.type == "cuda" else {})
+
+
+def build_sampler(
+    name: str, precision: str, guidance: str, compiled: bool, device: torch.device, sizes: dict[str, int]
+) -> tuple[Callable[[int], None], int]:
+    """`sampler_of` a random network, loaded as `generate.py` does, and the number of images in its block."""
+    network = random_network(name, torch.device("cpu"), **sizes)
+    model = load_network(Checkpoint(network.config, network.state_dict(), {}), name, device, compiled)
+    return sampler_of(model, precision, guidance), images_per_block(model.config, device.type)
+
+
+def profile_row(name: str, precision: str, device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
+    """Where the time of ten guided steps goes."""
+    sample, _ = build_sampler(name, precision, "guided", True, device, sizes)
+    sample(4)
+    return profile(lambda: sample(10), 1, device)
+
+
+@exits_on_user_error
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = OneLineParser(description="Sampling: images/s of the SDE with 250 steps, share of the ceilings.")
+    add = parser.add_argument
+    add("--model", default="DeepFlow-XL/2-3T", help="network (default: %(default)s)")
+    add("--precisions", default="bf16,fp16,no", help="no, bf16, fp16, separated by commas (default: %(default)s)")
+    add("--modes", default="compiled,eager", help="compiled, eager or both (default: %(default)s)")
+    add("--steps", type=number(int, 2), default=5, help="of the shorter run (default: %(default)s)")
+    add("--repeats", type=number(int, 1), default=5, help="runs of either length (default: %(default)s)")
+    add("--profile", action="store_true", help="profile guided sampling in the first precision at the end")
+    add("--tiny", action="store_true", help="latents of 8 x 8 in place of 32 x 32")
+    add("--device", default="cuda", help="where (default: %(default)s)")
+    add("--output", type=Path, help="JSON file for the figures (default: none)")
+    args = parser.parse_args()
+    precisions = words(args.precisions, PRECISIONS, "--precisions")
+    modes = words(args.modes, ("compiled", "eager"), "--modes")
+    device, sizes = benchmark_device(args.device), SIZES | (TINY_SIZES if args.tiny else {})
+    if device.type == "cpu" and "fp16" in precisions:
+        raise UserError("--precisions fp16 needs a GPU and this is the CPU: choose bf16 or no")
+    rows = Rows("sampling", {k: v for k, v in vars(args).items() if k != "output"}, device, args.output)
+    create_on_meta(args.model, sizes)
+    for mode, precision, guidance in itertools.product(modes, precisions, GUIDANCE):
+        given = (args.model, precision, guidance, mode == "compiled", device, sizes, args.steps, args.repeats)
+        rows.measure(f"{args.model} {precision} {guidance} {mode}", lambda given=given: measure_row(*given))
+    if args.profile:
+        name = f"profile of {args.model} {precisions[0]} guided compiled, 10 steps"
+        rows.measure(name, lambda: profile_row(args.model, precisions[0], device, sizes))
+    rows.finish()
+
+
+def create_on_meta(model: str, sizes: dict[str, int]) -> None:
+    """Raise `UserError` for a name that is no model's, before anything is measured."""
+    with torch.device("meta"):
+        create_model(model, **sizes)
+
+
+if __name__ == "__main__":
+    main()
