@@ -182,13 +182,13 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 # ---- two parts that are no benchmarks of their own
 
 
-def run_tests(rows: Rows) -> None:
+def run_tests(rows: Rows, tests: str = "tests/gpu") -> None:
     """The tests marked `gpu`: how many passed, failed, were skipped; failures and reasons."""
 
     def run() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "tests.xml"
-            line = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-p", "no:cacheprovider"]
+            line = [sys.executable, "-m", "pytest", tests, "-m", "gpu", "-p", "no:cacheprovider"]
             subprocess.run([*line, f"--junitxml={file}"], cwd=ROOT, check=False)
             cases = list(xml.etree.ElementTree.parse(file).getroot().iter("testcase"))
         found: dict[str, list[str]] = {"failed": [], "skipped": []}

@@ -65,15 +65,12 @@ class Rows:
             figures = [{"error": describe_error(error)}] * len(names)
         for name, row in zip(names, figures, strict=True):
             self.add({"name": name, **row})
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def add(self, row: dict[str, Any]) -> None:
         """Add, write and print one row."""
         self.record["rows"].append(row)
         self.write()
-        print("  ".join(f"{key} {short(value)}" for key, value in row.items() if key != "kernels"), flush=True)
+        print("  ".join(f"{key} {short(row[key])}" for key in row if not isinstance(row[key], list)), flush=True)
 
     def finish(self) -> None:
         """All rows are there."""
@@ -143,8 +140,6 @@ def describe_error(error: BaseException) -> str:
 
 def short(value: object) -> str:
     """A value for people."""
-    if isinstance(value, list):
-        return ", ".join(map(short, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -157,6 +152,15 @@ def benchmark_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}, but torch sees no GPU here: give --device cpu --tiny for a trial on the CPU")
     return torch.device(usable_device(name))
+
+
+def fresh_start(device: torch.device) -> None:
+    """Free what earlier rows left, compiled code too, and measure the peak of the memory from here on."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def synchronize(device: torch.device) -> None:
@@ -195,12 +199,13 @@ def random_network(model: str, device: torch.device, **sizes: Any) -> DeepFlow:
     Its gates are small, as after some training.
     """
     torch.manual_seed(0)
-    network = create_model(model, **sizes)
+    with device:  # hundreds of millions of random numbers take the CPU seconds
+        network = create_model(model, **sizes)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.requires_grad and not parameter.any():
                 parameter.normal_(std=0.02)
-    return network.to(device)
+    return network
 
 
 def words(text: str, known: Iterable[str], flag: str) -> list[str]:
@@ -211,7 +216,7 @@ def words(text: str, known: Iterable[str], flag: str) -> list[str]:
     """
     given = text.split(",")
     if unknown := set(given) - set(known):
-        raise UserError(f"{flag} {', '.join(sorted(unknown)) or text!r}: expected some of {', '.join(known)}")
+        raise UserError(f"{flag} {','.join(sorted(unknown))}: expected some of {', '.join(known)}")
     return given
 
 

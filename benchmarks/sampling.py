@@ -9,8 +9,8 @@ follow the images/s of 250 steps, which are not run here.
 """
 
 import itertools
+import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import KIND_OF_PRECISION, matrix_rate
 from benchmarks.profiling import profile
-from benchmarks.rows import SIZES, TINY_SIZES, Rows, benchmark_device, random_network, summary, words
+from benchmarks.rows import SIZES, TINY_SIZES, Rows, benchmark_device, fresh_start, random_network, summary, words
 from errors import OneLineParser, UserError, exits_on_user_error
 from flags import PRECISIONS, number
 from generate import Settings, arithmetic, generate_images, images_per_block, load_network
-from models import DeepFlow, create_model
+from models import create_model
 from models.checkpoints import Checkpoint
 from training.logging import memory_gib
 from training.plan import peak_flops
@@ -48,73 +48,49 @@ def velocity_macs(model: str, sizes: dict[str, int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def sampler_of(model: DeepFlow, precision: str, guidance: str) -> Callable[[int], None]:
-    """A function that makes one block of images in a number of steps."""
-    size = images_per_block(model.config, model.pos_embed.device.type)
-    labels = np.arange(size) % model.num_classes
+class Sampler:
+    """Guided or unguided blocks of images of one random network, loaded as `generate.py` does."""
 
-    def sample(steps: int) -> None:
+    def __init__(self, name: str, compiled: bool, device: torch.device, sizes: dict[str, int]) -> None:
+        network = random_network(name, device, **sizes)
+        self.model = load_network(Checkpoint(network.config, network.state_dict(), {}), name, device, compiled)
+        self.name, self.compiled, self.device, self.sizes = name, compiled, device, sizes
+        self.block = images_per_block(self.model.config, device.type)
+        self.labels = np.arange(self.block) % self.model.num_classes
+
+    def __call__(self, steps: int, precision: str, guidance: str) -> float:
+        """Seconds of one block; it ends with the images on the host."""
         settings = Settings(num_steps=steps, cfg_scale=GUIDANCE[guidance], precision=precision)
+        began = time.perf_counter()
         with arithmetic(tf32=True):
-            for _ in generate_images(model, as_pixels, labels, settings, range(size), size):
+            for _ in generate_images(self.model, as_pixels, self.labels, settings, range(self.block), self.block):
                 pass
+        return time.perf_counter() - began
 
-    return sample
+    def measure(self, precision: str, guidance: str, steps: int, repeats: int) -> dict[str, Any]:
+        """The time of a step, images/s of 250 steps, shares of the ceilings."""
+        fresh_start(self.device)
+        start_up = self(2, precision, guidance)
+        pairs = [(self(steps, precision, guidance), self(3 * steps, precision, guidance)) for _ in range(repeats)]
+        few, many = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        a_step = (many - few) / (2 * steps)
+        total = max(0.0, few - steps * a_step) + FULL_STEPS * a_step
+        flop = 2 * velocity_macs(self.name, self.sizes) * self.block * (2 if guidance == "guided" else 1)
+        kind = "TF32" if precision == "no" and self.device.type == "cuda" else KIND_OF_PRECISION[precision]
+        measured = matrix_rate(kind, self.device, count=10)["tflops"]
+        row = {"model": self.name, "precision": precision, "guidance": guidance, "compiled": self.compiled}
+        row |= {"block": self.block, "images_per_second_250": self.block / total}
+        row |= summary([(long - short) / (2 * steps) for short, long in pairs]) | {"ms": 1e3 * a_step}
+        row |= {"tflops": flop / a_step / 1e12, "start_up_s": start_up}
+        if peak := peak_flops(self.device, precision):
+            row["share_data_sheet"] = flop / a_step / peak
+        row |= {"share_measured": flop / a_step / 1e12 / measured, "measured_tflops": measured}
+        return row | ({"peak_gib": memory_gib(self.device)} if self.device.type == "cuda" else {})
 
-
-def measure_row(
-    name: str,
-    precision: str,
-    guidance: str,
-    compiled: bool,
-    device: torch.device,
-    sizes: dict,
-    steps: int,
-    repeats: int,
-) -> dict[str, Any]:
-    """One way to sample: the time of a step, images/s of 250, shares of the ceilings."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    torch._dynamo.reset()
-    sample, size = build_sampler(name, precision, guidance, compiled, device, sizes)
-    began = time.perf_counter()
-    sample(2)
-    start_up = time.perf_counter() - began
-    lengths: dict[int, list[float]] = {steps: [], 3 * steps: []}
-    for _ in range(repeats):
-        for length, seconds in lengths.items():
-            began = time.perf_counter()
-            sample(length)  # ends with the images on the host
-            seconds.append(time.perf_counter() - began)
-    few, many = (sorted(seconds)[len(seconds) // 2] for seconds in lengths.values())
-    a_step = (many - few) / (2 * steps)
-    total = max(0.0, few - steps * a_step) + FULL_STEPS * a_step
-    differences = [(m - f) / (2 * steps) for f, m in zip(*lengths.values(), strict=True)]
-    flop = 2 * velocity_macs(name, sizes) * size * (2 if guidance == "guided" else 1)
-    measured = matrix_rate(KIND_OF_PRECISION[precision], device, count=10)["tflops"]
-    row = {"model": name, "precision": precision, "guidance": guidance, "compiled": compiled, "block": size}
-    row |= {"images_per_second_250": size / total, **summary(differences), "ms": 1e3 * a_step}
-    row |= {"tflops": flop / a_step / 1e12, "start_up_s": start_up}
-    if peak := peak_flops(device, precision):
-        row["share_data_sheet"] = flop / a_step / peak
-    row |= {"share_measured": flop / a_step / 1e12 / measured, "measured_tflops": measured}
-    return row | ({"peak_gib": memory_gib(device)} if device.type == "cuda" else {})
-
-
-def build_sampler(
-    name: str, precision: str, guidance: str, compiled: bool, device: torch.device, sizes: dict[str, int]
-) -> tuple[Callable[[int], None], int]:
-    """`sampler_of` a random network, loaded as `generate.py` does, and the number of images in its block."""
-    network = random_network(name, torch.device("cpu"), **sizes)
-    model = load_network(Checkpoint(network.config, network.state_dict(), {}), name, device, compiled)
-    return sampler_of(model, precision, guidance), images_per_block(model.config, device.type)
-
-
-def profile_row(name: str, precision: str, device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
-    """Where the time of ten guided steps goes."""
-    sample, _ = build_sampler(name, precision, "guided", True, device, sizes)
-    sample(4)
-    return profile(lambda: sample(10), 1, device)
+    def profile(self, precision: str) -> dict[str, Any]:
+        """Where the time of ten guided steps goes."""
+        self(4, precision, "guided")
+        return profile(lambda: self(10, precision, "guided"), 1, self.device)
 
 
 @exits_on_user_error
@@ -137,14 +113,16 @@ def main() -> None:
     device, sizes = benchmark_device(args.device), SIZES | (TINY_SIZES if args.tiny else {})
     if device.type == "cpu" and "fp16" in precisions:
         raise UserError("--precisions fp16 needs a GPU and this is the CPU: choose bf16 or no")
-    rows = Rows("sampling", {k: v for k, v in vars(args).items() if k != "output"}, device, args.output)
     create_on_meta(args.model, sizes)
-    for mode, precision, guidance in itertools.product(modes, precisions, GUIDANCE):
-        given = (args.model, precision, guidance, mode == "compiled", device, sizes, args.steps, args.repeats)
-        rows.measure(f"{args.model} {precision} {guidance} {mode}", lambda given=given: measure_row(*given))
-    if args.profile:
-        name = f"profile of {args.model} {precisions[0]} guided compiled, 10 steps"
-        rows.measure(name, lambda: profile_row(args.model, precisions[0], device, sizes))
+    rows = Rows("sampling", {k: v for k, v in vars(args).items() if k != "output"}, device, args.output)
+    for mode in modes:
+        sampler = Sampler(args.model, mode == "compiled", device, sizes)
+        for precision, guidance in itertools.product(precisions, GUIDANCE):
+            given = (precision, guidance, args.steps, args.repeats)
+            rows.measure(f"{args.model} {precision} {guidance} {mode}", lambda g=given, s=sampler: s.measure(*g))
+        if args.profile and mode == modes[0]:
+            name = f"profile of {args.model} {precisions[0]} guided {mode}, 10 steps"
+            rows.measure(name, lambda s=sampler: s.profile(precisions[0]))
     rows.finish()
 
 

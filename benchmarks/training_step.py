@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training.build import compile_network, make_optimizer
-from training.step import TrainingStep
 
 from benchmarks.machine import KIND_OF_PRECISION, matrix_rate
 from benchmarks.profiling import profile
@@ -34,6 +32,7 @@ from benchmarks.rows import (
     benchmark_device,
     counts,
     describe_error,
+    fresh_start,
     random_network,
     summary,
     synchronize,
@@ -44,11 +43,14 @@ from dataset import LatentBatch
 from errors import OneLineParser, UserError, exits_on_user_error
 from flags import PRECISIONS, number
 from loss import DeepFlowLoss
+from models import create_model
 from models.presets import model_config
+from training.build import compile_network, make_optimizer
 from training.ema import EMA
 from training.guard import LossScale
 from training.logging import memory_gib
 from training.plan import measure, peak_flops
+from training.step import TrainingStep
 
 WARM_UP = 5  # steps after the first
 LARGEST = 1024  # images that --memory tries
@@ -189,9 +191,7 @@ def work_of(case: Case, sizes: dict[str, int]) -> Any:
 
 def group_rows(cases: Sequence[Case], device: torch.device, sizes: dict[str, int], steps: int, rounds: int) -> list:
     """One row each for cases that are kept side by side and measured in turn."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    torch._dynamo.reset()  # what earlier cases compiled would make shapes dynamic here
+    fresh_start(device)
     runs = [Training(case, device, sizes) for case in cases]
     started = [run.start() for run in runs]
     times: list[list[float]] = [[] for _ in runs]
@@ -258,13 +258,11 @@ def largest_batch(case: Case, device: torch.device, sizes: dict[str, int], large
             if describe_error(error) != OUT_OF_MEMORY:
                 raise
             break
-        finally:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
         batch *= 2
     if not peaks:
         return found | {"error": OUT_OF_MEMORY, "batch_size": case.batch_size}
-    parameters = sum(p.numel() for p in random_network(case.model, torch.device("cpu"), **sizes).parameters())
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in create_model(case.model, **sizes).parameters())
     states, work = 4 * 5 * parameters, work_of(case, sizes)  # weights, gradients, two moments, one average
     tried = [
         {"batch_size": size, "peak_gib": peak, "estimate_gib": (states + size * work.activation_bytes) / 2**30}
@@ -275,8 +273,7 @@ def largest_batch(case: Case, device: torch.device, sizes: dict[str, int], large
 
 def peak_of(case: Case, device: torch.device, sizes: dict[str, int]) -> float:
     """GiB that tensors took at most in two steps."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    fresh_start(device)
     run = Training(case, device, sizes)
     with arithmetic(run.variant):
         for _ in range(2):
@@ -287,6 +284,7 @@ def peak_of(case: Case, device: torch.device, sizes: dict[str, int]) -> float:
 
 def profile_case(case: Case, device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
     """Where the time of a warm step goes."""
+    fresh_start(device)
     run = Training(case, device, sizes)
     run.start()
     with arithmetic(run.variant):
