@@ -420,7 +420,7 @@ class LatentBatch(NamedTuple):
     """One micro-batch of one process."""
 
     moments: torch.Tensor  # (B, 2C, h, w) mean and std, in the dtype they are stored in
-    labels: torch.Tensor  # (B,) int64
+    condition: torch.Tensor  # (B, ...): class ids (B,) int64
     indices: torch.Tensor  # (B,) int64, which samples of the dataset these are
     mirrored: torch.Tensor  # (B,) bool, whether moments and images are those of the mirror image
     images: torch.Tensor | None = None  # (B, H, W, 3) uint8, where asked for

@@ -1,7 +1,8 @@
 """The multi-branch velocity-plus-acceleration objective (paper, Eq. 4, 5, 7, 10) and the SSL alignment term.
 
-Every term is kept per sample, shape (N,), in float32 or wider. The network is any callable `model(x, t, y)` that
-returns `velocities`, one a branch, `accelerations`, one a VeRA block, and `projections` for SSL alignment.
+Every term is kept per sample, shape (N,), in float32 or wider. The network is any callable `model(x, t, condition)`
+that returns `velocities`, one per branch, `accelerations`, one per VeRA block, and `projections` for SSL alignment. A
+condition is any tensor whose first axis is the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ class Draws(NamedTuple):
 
     times: Tensor  # (k, N) in [0, 1], of every branch
     noise: Tensor  # (N, C, H, W), N(0, I)
-    dropped: Tensor  # (N,) bool, labels to replace by the null class
+    dropped: Tensor  # (N,) bool, conditions to replace by the null condition
 
     def rows(self, rows: slice) -> "Draws":
         """The draws of some of the samples."""
@@ -35,8 +36,14 @@ class LossTerms(NamedTuple):
 
     velocity: Tensor
     acceleration: Tensor
-    alignment: Tensor
+    alignment: Tensor | None  # None where there is nothing to align with
     branch_velocity: Tensor
+
+    def named(self) -> dict[str, Tensor]:
+        """Every term, (N,), by its name in logs, plots and messages."""
+        branches = {f"velocity_{i}": error for i, error in enumerate(self.branch_velocity, start=1)}
+        aligned = {} if self.alignment is None else {"alignment": self.alignment}
+        return {**branches, "acceleration": self.acceleration, **aligned}
 
 
 def branch_times(first: Tensor, branches: int, upper_bound: float, generator: torch.Generator) -> Tensor:
@@ -66,10 +73,10 @@ class DeepFlowLoss:
         path_type: `linear` or `cosine`.
         weighting: distribution of the first branch's time, `lognormal` or `uniform`.
         tg_upper_bound: largest time gap between neighbouring branches, in [0, 1].
-        scale_weight: beta, one weight a branch; None for 0.2 each and 1.0 for the last.
+        scale_weight: beta, one weight per branch; None for 0.2 each and 1.0 for the last.
         acc_coeff: lambda, weight of the acceleration term.
         proj_coeff: weight of the SSL alignment term.
-        cfg_prob: probability of dropping a label to the null class, in [0, 1].
+        cfg_prob: probability of dropping a condition to the null one, in [0, 1].
     """
 
     def __init__(
@@ -90,21 +97,8 @@ class DeepFlowLoss:
         self.proj_coeff = proj_coeff
         self.cfg_prob = cfg_prob
 
-    def __call__(
-        self,
-        model: Callable[..., Any],
-        x0: Tensor,
-        y: Tensor,
-        generator: torch.Generator,
-        features: Features | None = None,
-    ) -> LossTerms:
-        """Terms at times, noise and label drops drawn from `generator`: x0 (N, C, H, W), y (N,) class ids."""
-        network = getattr(model, "module", model)  # data-parallel wrappers hide the network's attributes
-        draws = self.draw(network.num_branches, x0.shape, generator)
-        return self.drawn_terms(model, x0, y, network.num_classes, draws, features)
-
     def draw(self, branches: int, shape: Sequence[int], generator: torch.Generator) -> Draws:
-        """What a call draws for latents of a shape (N, C, H, W), on the generator's device.
+        """All that is random in the loss of latents of a shape (N, C, H, W), on the generator's device.
 
         Drawn for a whole step's batch and cut into rows, it makes the loss independent of how the batch is divided.
         """
@@ -114,34 +108,32 @@ class DeepFlowLoss:
         noise = torch.randn(shape, generator=generator, device=device)
         return Draws(times, noise, torch.rand(shape[0], generator=generator, device=device) < self.cfg_prob)
 
-    def drawn_terms(
-        self,
-        model: Callable[..., Any],
-        x0: Tensor,
-        y: Tensor,
-        null_label: int,
-        draws: Draws,
-        features: Features | None = None,
-    ) -> LossTerms:
-        """Terms at given draws, moved to the device of `x0`; dropped labels become `null_label`."""
-        times, noise, dropped = (value.to(x0.device) for value in draws)
-        return self.terms(model, x0, torch.where(dropped, null_label, y), times, noise, features)
-
     def terms(
         self,
         model: Callable[..., Any],
         x0: Tensor,
-        y: Tensor,
-        times: Tensor,
-        noise: Tensor,
+        condition: Tensor,
+        null: Tensor,
+        draws: Draws,
         features: Features | None = None,
     ) -> LossTerms:
-        """Terms at the given times (k, N), noise (N, C, H, W) and, for alignment, encoder tokens (N, T, z).
+        """Terms at given draws, moved to the device of `x0`.
+
+        Args:
+            model: the network.
+            x0: clean latents, (N, C, H, W).
+            condition: of each sample, (N, ...).
+            null: the null condition, (N, ...), which takes the place of the dropped ones.
+            draws: times, noise and drops.
+            features: for alignment, the encoder's tokens (N, T, z), or those of each of several.
 
         Raises:
-            UserError: if the number of weights or of the model's branches is not k, or the features do not fit.
+            UserError: if the number of weights or of the model's branches is not that of the times, or the features
+                do not fit.
         """
-        output = model(interpolate(self.path_type, x0, noise, times[0]), times, y)
+        times, noise, dropped = (value.to(x0.device) for value in draws)
+        condition = torch.where(dropped.reshape(-1, *[1] * (condition.ndim - 1)), null, condition)
+        output = model(interpolate(self.path_type, x0, noise, times[0]), times, condition)
         if len(output.velocities) != len(times):
             raise UserError(f"{len(times)} times were given for a model of {len(output.velocities)} branches")
         target = velocity_target(self.path_type, x0, noise, times[0])
@@ -152,14 +144,15 @@ class DeepFlowLoss:
         acceleration = torch.zeros_like(velocity)
         for t, v, a in zip(times, output.velocities, output.accelerations, strict=False):
             acceleration = acceleration + self._acceleration_error(x0, noise, t, v, a)
-        alignment = torch.zeros_like(velocity)
+        alignment = None
         if features is not None:
             alignment = alignment_error(output.projections, [features] if isinstance(features, Tensor) else features)
         return LossTerms(velocity, acceleration, alignment, branch_velocity)
 
     def total(self, terms: LossTerms) -> Tensor:
         """The weighted sum that is minimised, per sample, (N,)."""
-        return terms.velocity + self.acc_coeff * terms.acceleration + self.proj_coeff * terms.alignment
+        total = terms.velocity + self.acc_coeff * terms.acceleration
+        return total if terms.alignment is None else total + self.proj_coeff * terms.alignment
 
     def _betas(self, k: int) -> Sequence[float]:
         weights = [0.2] * (k - 1) + [1.0] if self.scale_weight is None else self.scale_weight

@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,13 @@ from dataset import DataOrder, LatentBatch, PackedLatents, latent_batches
 from errors import OneLineParser, exits_on_user_error
 from flags import PRECISIONS
 from loss import DeepFlowLoss
-from models import create_model
+from models import DeepFlow, create_model
 from models.ssl_encoders import encoder_width, load_encoder
-from models.vae import sample_latents
 from preprocessing.packed_writer import PackedJob, features_manifest, packed_manifest
 from processes import usable_device
 from ssl_features import PackedFeatures
+from training.optimizer import make_optimizer
+from training.step import TrainingStep
 
 REDUCTION, PATCH = 8, 2  # of the SD-VAE, and of the network
 ROUNDS = 3
@@ -77,20 +78,21 @@ def write_features(folder: Path, samples: int, resolution: int, encoder: str) ->
     job.finish()
 
 
-def step_seconds(
-    step: Callable[[LatentBatch], None], batches: Iterator[LatentBatch], count: int, device: torch.device
-) -> float:
-    """Seconds of one step, averaged over `count` after one to warm up."""
+def step_seconds(step: TrainingStep, batches: Iterator[LatentBatch], count: int) -> float:
+    """Seconds of one step's gradients, averaged over `count` after one to warm up."""
+    step.batches = batches
 
     def finished() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if step.device.type == "cuda":
+            torch.cuda.synchronize(step.device)
         return time.perf_counter()
 
-    step(next(batches))
-    began = finished()
-    for _ in range(count):
-        step(next(batches))
+    for i in range(count + 1):
+        if i == 1:
+            began = finished()
+        step.gradients(i)
+        step.forget(i)
+        step.optimizer.zero_grad()
     return (finished() - began) / count
 
 
@@ -104,45 +106,33 @@ def measure_all(
     steps: int,
     num_workers: int,
     device: torch.device,
-    precision: torch.dtype,
+    precision: str,
 ) -> dict[str, dict[str, float]]:
     """Seconds a step of each kind, and how much longer than without alignment, by a name for people."""
     write_latents(folder / "latents", samples, resolution)
     write_features(folder / "features", samples, resolution, encoder_name)
     data, features = PackedLatents(folder / "latents"), PackedFeatures(folder / "features")
     input_size = resolution // REDUCTION
-    encoder = load_encoder(encoder_name, input_size // PATCH, "random", device, precision)
+    encoder = load_encoder(encoder_name, input_size // PATCH, "random", device, PRECISIONS[precision])
     sizes = dict(num_classes=1, input_size=input_size)
     plain = create_model(model, **sizes).to(device)
     aligned = create_model(model, **sizes, ssl_dim=encoder.width).to(device)
-    loss, order = DeepFlowLoss(), DataOrder(samples, batch_size, seed=0)
+    order = DataOrder(samples, batch_size, seed=0)
 
-    def step_of(network: torch.nn.Module) -> Callable[[LatentBatch], None]:
-        if precision != torch.float32:
-            network.forward = torch.autocast(device.type, precision)(network.forward)
-
-        def step(batch: LatentBatch) -> None:
-            generator = torch.Generator(device).manual_seed(0)
-            given = None if batch.features is None else [tokens.to(device) for tokens in batch.features]
-            given = given if batch.images is None else encoder(batch.images)
-            moments = batch.moments.to(device)
-            x0 = sample_latents(moments, 1.0, torch.randn(moments[:, :4].shape, generator=generator, device=device))
-            terms = loss(network, x0, batch.labels.to(device), generator, given)
-            loss.total(terms).mean().backward()
-            network.zero_grad()
-
-        return step
+    def step_of(network: DeepFlow, encoders: Sequence[torch.nn.Module] = ()) -> TrainingStep:
+        sizes = dict(batch_size=batch_size, scaling_factor=data.scaling_factor, precision=precision)
+        return TrainingStep(network, DeepFlowLoss(), make_optimizer(network), iter(()), encoders=encoders, **sizes)
 
     kinds = {
         "no alignment": (step_of(plain), {}),
         "packed features": (step_of(aligned), dict(features=[features])),
-        "encoder at work": (step_of(aligned), dict(with_images=True)),
+        "encoder at work": (step_of(aligned, [encoder]), dict(with_images=True)),
     }
     best = dict.fromkeys(kinds, float("inf"))
     for _ in range(ROUNDS):
         for name, (step, extra) in kinds.items():
             batches = latent_batches(data, order, num_workers=num_workers, **extra)
-            best[name] = min(best[name], step_seconds(step, batches, steps, device))
+            best[name] = min(best[name], step_seconds(step, batches, steps))
     plain_seconds = best["no alignment"]
     return {name: {"seconds": value, "times_plain": value / plain_seconds} for name, value in best.items()}
 
@@ -176,7 +166,7 @@ def main() -> None:
             args.steps,
             args.num_workers,
             device,
-            PRECISIONS[args.mixed_precision],
+            args.mixed_precision,
         )
     for name, result in results.items():
         print(f"{name:20s}{result['seconds']:10.3f} s a step{result['times_plain']:8.2f} x without alignment")

@@ -195,9 +195,17 @@ class DeepFlow(nn.Module):
             if isinstance(module, OutputHead):
                 nn.init.zeros_(module.linear.weight)
 
+    def null_condition(self, count: int) -> Tensor:
+        """The condition of no class, (count,), on the network's device."""
+        return torch.full((count,), self.num_classes, device=self.pos_embed.device)
+
     def repeated_blocks(self) -> list[nn.Module]:
-        """The parts to compile or to shard one by one: transformer and VeRA blocks."""
+        """The parts to shard one by one: transformer and VeRA blocks."""
         return [*self.blocks, *(self.df_blocks if self.num_branches > 1 else [])]
+
+    def heads(self) -> list[nn.Module]:
+        """The velocity heads and the acceleration head."""
+        return [*self.final_layer, *([self.final_acc_layer] if self.num_branches > 1 else [])]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> DeepFlowOutput:
         """All branches' answers for noisy latents `x` (N, C, H, W) and labels `y` (N,) in [0, num_classes].

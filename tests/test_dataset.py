@@ -247,10 +247,10 @@ def test_batches_hold_the_samples_they_name(tmp_path):
     moments, labels = write_dataset(tmp_path)
     order = DataOrder(COUNT, 8, seed=1)
     for step, batch in enumerate(itertools.islice(latent_batches(PackedLatents(tmp_path), order), 6)):
-        assert batch.moments.dtype == torch.float16 and batch.labels.dtype == torch.int64
+        assert batch.moments.dtype == torch.float16 and batch.condition.dtype == torch.int64
         np.testing.assert_array_equal(batch.indices, order.batch(step))
         np.testing.assert_array_equal(batch.moments, moments[batch.indices])
-        np.testing.assert_array_equal(batch.labels, labels[batch.indices])
+        np.testing.assert_array_equal(batch.condition, labels[batch.indices])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -24,7 +24,7 @@ ALLOWED = {
     "dataset": {"file_layout", "ssl_features"},
     "ssl_features": {"dataset", "file_layout"},
     "file_layout": set(),
-    "training": {"models", "training", "dataset", "ssl_features", "generate", "generation", "evaluation"},
+    "training": {"models", "loss", "training", "dataset", "ssl_features", "generate", "generation", "evaluation"},
     "train": {"models", "loss", "dataset", "training", "generate", "evaluation"},
     "generate": {"models", "samplers", "generation"},
     "generation": {"models", "samplers", "interpolant", "generation"},

@@ -14,6 +14,17 @@ from models import DeepFlow
 K, N, SHAPE = 3, 4, (2, 3, 3)
 
 
+def draws_at(times, noise):
+    """Given times and noise, and no condition dropped."""
+    return Draws(times, noise, torch.zeros(times.shape[1], dtype=torch.bool))
+
+
+def terms_of(case, loss=None, features=None):
+    """The terms of a case."""
+    draws = draws_at(case.times, case.noise)
+    return (loss or DeepFlowLoss()).terms(lambda *_: case.output, case.x0, case.y, case.y, draws, features)
+
+
 def double(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -40,8 +51,8 @@ def case():
 def test_golden_terms_and_gradients(golden_model, golden_io):
     loss = DeepFlowLoss()
     io = golden_io
-    terms = loss.terms(golden_model, io["x0"], io["y"], io["ts"], io["eps"])
-    assert terms.velocity.dtype == terms.acceleration.dtype == terms.alignment.dtype == torch.float32
+    terms = loss.terms(golden_model, io["x0"], io["y"], io["y"], draws_at(io["ts"], io["eps"]))
+    assert terms.velocity.dtype == terms.acceleration.dtype == torch.float32
     assert relative_error(terms.velocity, io["vel_loss"]) < 1e-5
     assert relative_error(terms.acceleration, io["acc_loss"]) < 1e-5
     loss.total(terms).mean().backward()
@@ -55,7 +66,7 @@ def test_golden_terms_and_gradients(golden_model, golden_io):
 @pytest.mark.parametrize("path", list(PATHS))
 def test_terms_equal_a_loop_over_samples(case, path):
     loss = DeepFlowLoss(path_type=path, scale_weight=[0.3, 0.5, 2.0], acc_coeff=0.7, proj_coeff=0.4)
-    terms = loss.terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise, case.features)
+    terms = terms_of(case, loss, case.features)
     for n in range(N):
         alpha, sigma, d_alpha, d_sigma = PATHS[path](case.times[:, n])
         target = d_alpha[0] * case.x0[n] + d_sigma[0] * case.noise[n]
@@ -85,7 +96,7 @@ def test_alignment_equals_a_loop_in_float64(case, widths):
         double(N, tokens, width, seed=50 + 10 * i + e) for i in range(places) for e, width in enumerate(widths)
     ]
     given = features if len(features) > 1 else features[0]
-    terms = DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise, given)
+    terms = terms_of(case, features=given)
     for n in range(N):
         total = 0.0
         for i in range(places):
@@ -106,8 +117,8 @@ def test_alignment_is_normalised_in_float32():
 
 
 def test_without_features_there_is_no_alignment(case):
-    terms = DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise)
-    assert not terms.alignment.any()
+    terms = terms_of(case)
+    assert terms.alignment is None and "alignment" not in terms.named()
 
 
 @pytest.mark.parametrize(
@@ -125,20 +136,20 @@ def test_features_that_do_not_fit_the_projections_are_a_user_error(case, project
     case.output.projections = [torch.ones(shape) for shape in projections]
     features = [torch.ones(shape) for shape in features]
     with pytest.raises(UserError, match="do not fit the model's projections"):
-        DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise, features)
+        terms_of(case, features=features)
 
 
 def test_input_is_the_noisy_latent_of_the_first_time(case):
     seen = []
     model = lambda x, t, y: seen.append((x, t)) or case.output  # noqa: E731
-    DeepFlowLoss().terms(model, case.x0, case.y, case.times, case.noise)
+    DeepFlowLoss().terms(model, case.x0, case.y, case.y, draws_at(case.times, case.noise))
     t1 = case.times[0].view(N, 1, 1, 1)
     assert torch.allclose(seen[0][0], (1 - t1) * case.x0 + t1 * case.noise)
     assert torch.equal(seen[0][1], case.times)
 
 
 def test_acceleration_term_does_not_train_velocities(case):
-    terms = DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise)
+    terms = terms_of(case)
     terms.acceleration.sum().backward()
     assert all(v.grad is None or not v.grad.any() for v in case.output.velocities)
     assert all(a.grad.any() for a in case.output.accelerations)
@@ -165,8 +176,11 @@ def test_labels_drop_to_the_null_class_at_the_given_rate(case):
     seen = []
     model = lambda x, t, y: seen.append(y) or case.output  # noqa: E731
     draws = Draws(case.times, case.noise, torch.tensor([True, False, False, True]))
-    DeepFlowLoss().drawn_terms(model, case.x0, torch.tensor([3, 4, 5, 6]), 10, draws)
+    DeepFlowLoss().terms(model, case.x0, torch.tensor([3, 4, 5, 6]), torch.full((4,), 10), draws)
     assert seen[0].tolist() == [10, 4, 5, 10]
+    tokens, null = double(N, 2, 3, seed=60), double(N, 2, 3, seed=61)  # a condition of any shape
+    DeepFlowLoss().terms(model, case.x0, tokens, null, draws)
+    assert torch.equal(seen[1], torch.stack([null[0], tokens[1], tokens[2], null[3]]))
 
 
 def test_draws_of_a_batch_cut_into_rows_are_the_draws_of_its_parts(case):
@@ -174,8 +188,8 @@ def test_draws_of_a_batch_cut_into_rows_are_the_draws_of_its_parts(case):
     draws = loss.draw(K, (N, *SHAPE), torch.Generator().manual_seed(3))
     for rows in (slice(0, 1), slice(1, N)):
         output = SimpleNamespace(**{name: [v[rows] for v in values] for name, values in vars(case.output).items()})
-        parts.append(loss.drawn_terms(lambda *_, o=output: o, case.x0[rows], case.y[rows], 3, draws.rows(rows)))
-    whole = loss.drawn_terms(lambda *_: case.output, case.x0, case.y, 3, draws)
+        parts.append(loss.terms(lambda *_, o=output: o, case.x0[rows], case.y[rows], case.y[rows], draws.rows(rows)))
+    whole = loss.terms(lambda *_: case.output, case.x0, case.y, case.y, draws)
     assert torch.allclose(torch.cat([part.velocity for part in parts]), whole.velocity)
     assert torch.allclose(torch.cat([part.acceleration for part in parts]), whole.acceleration)
 
@@ -184,7 +198,9 @@ def test_draws_of_a_batch_cut_into_rows_are_the_draws_of_its_parts(case):
 def test_a_training_call_is_a_function_of_the_generator(df_idxs):
     model = DeepFlow(16, 3, 2, num_classes=3, projector_dim=8, df_idxs=df_idxs, input_size=4)
     loss, x0, y = DeepFlowLoss(), torch.randn(5, 4, 4, 4), torch.tensor([0, 1, 2, 0, 1])
-    a, b, c = (loss.total(loss(model, x0, y, torch.Generator().manual_seed(s))) for s in (0, 0, 1))
+    null = model.null_condition(5)
+    draws = [loss.draw(model.num_branches, x0.shape, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    a, b, c = (loss.total(loss.terms(model, x0, y, null, drawn)) for drawn in draws)
     assert a.shape == (5,)
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -192,9 +208,10 @@ def test_a_training_call_is_a_function_of_the_generator(df_idxs):
 def test_wrong_number_of_weights_is_a_user_error(case):
     loss = DeepFlowLoss(scale_weight=[0.2, 1.0])
     with pytest.raises(UserError, match="scale_weight has 2 entries for 3 branches"):
-        loss.terms(lambda *_: case.output, case.x0, case.y, case.times, case.noise)
+        terms_of(case, loss)
 
 
 def test_wrong_number_of_times_is_a_user_error(case):
     with pytest.raises(UserError, match="2 times were given for a model of 3 branches"):
-        DeepFlowLoss().terms(lambda *_: case.output, case.x0, case.y, case.times[:2], case.noise)
+        case.times = case.times[:2]
+        terms_of(case)

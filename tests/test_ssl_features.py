@@ -185,23 +185,29 @@ def encoded(tmp_path_factory):
     return folder
 
 
+def terms_at(seed, model, x0, y, features):
+    """The loss terms of a model with all that is random drawn from a seed."""
+    loss = DeepFlowLoss()
+    draws = loss.draw(model.num_branches, x0.shape, torch.Generator().manual_seed(seed))
+    return loss.terms(model, x0, y, model.null_condition(len(y)), draws, features)
+
+
 def test_alignment_on_the_fly_and_precomputed_agree(encoded):
     """Within what storing in float16 rounds; float16 has 11 bits, and a cosine is no steeper than its vectors."""
     data, features = PackedLatents(encoded / "latents"), PackedFeatures(encoded / "features")
     torch.manual_seed(0)
     model = DeepFlow(16, 4, 2, 3, projector_dim=8, df_idxs=[2], input_size=4, ssl_dim=features.width)
     features.check_belongs(data, tokens=4)
-    encoder, loss = load_encoder(VIT, 2, "random"), DeepFlowLoss()
+    encoder = load_encoder(VIT, 2, "random")
     for batch in itertools.islice(latent_batches(data, DataOrder(9, 8, 0), with_images=True, features=[features]), 4):
         x0 = sample_latents(batch.moments, data.scaling_factor, torch.zeros(8, 4, 4, 4))
         stored, fresh = (
-            loss(model, x0, batch.labels, torch.Generator().manual_seed(1), given)
-            for given in (batch.features, encoder(batch.images))
+            terms_at(1, model, x0, batch.condition, given) for given in (batch.features, encoder(batch.images))
         )
         assert batch.features[0].dtype == torch.float16 and stored.alignment.abs().min() > 1e-4
         assert torch.allclose(stored.alignment, fresh.alignment, atol=1e-3)
         assert torch.equal(stored.velocity, fresh.velocity)
-        other = loss(model, x0, batch.labels, torch.Generator().manual_seed(1), encoder(batch.images.flip(2)))
+        other = terms_at(1, model, x0, batch.condition, encoder(batch.images.flip(2)))
         assert not torch.allclose(stored.alignment, other.alignment, atol=1e-3)  # the view matters
 
 
@@ -217,9 +223,7 @@ def test_alignment_trains_what_comes_before_it_and_not_the_encoder(encoded, df_i
         torch.nn.init.normal_(parameter, std=0.1)
     before = [p.clone() for p in encoder.parameters()]
     features = encoder(torch.from_numpy(data.gather_images(np.arange(8))))
-    terms = DeepFlowLoss()(
-        model, torch.randn(8, 4, 4, 4), torch.zeros(8, dtype=torch.long), torch.Generator(), features
-    )
+    terms = terms_at(0, model, torch.randn(8, 4, 4, 4), torch.zeros(8, dtype=torch.long), features)
     terms.alignment.sum().backward()
     aligned = (df_idxs or [repa_depth])[-1]
     trained = [block.attn.qkv.weight.grad is not None and block.attn.qkv.weight.grad.any() for block in model.blocks]
@@ -238,7 +242,7 @@ def test_training_raises_the_cosine(encoded):
     batches = latent_batches(data, DataOrder(9, 9, 0), features=[features, features])
     for step, batch in zip(range(40), batches, strict=False):
         x0 = sample_latents(batch.moments, data.scaling_factor, torch.zeros(9, 4, 4, 4))
-        terms = loss(model, x0, batch.labels, torch.Generator().manual_seed(step), batch.features)
+        terms = terms_at(step, model, x0, batch.condition, batch.features)
         loss.total(terms).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -20,11 +20,12 @@ from errors import UserError
 from loss import DeepFlowLoss
 from models import checkpoints
 from preprocessing.pack import pack
-from training import logging
+from training import build, logging
 from training.checkpointing import saved_steps
 from training.ema import EMA
 from training.guard import LossScale
-from training.options import parse_options
+from training.optimizer import schedule
+from training.step import noise_seed
 
 # The first 20 losses of a tiny run on the CPU. They change only if the method, the initialisation or the random
 # streams change: say why in the commit.
@@ -114,8 +115,8 @@ def test_two_commands_do_not_train_one_run(start, tmp_path, monkeypatch):
 
 
 def test_a_signal_that_comes_before_the_first_step_is_not_lost(start, tmp_path, monkeypatch):
-    build = train.build_network
-    monkeypatch.setattr(train, "build_network", lambda *given: os.kill(os.getpid(), signal.SIGUSR1) or build(*given))
+    create = build.build_network
+    monkeypatch.setattr(build, "build_network", lambda *given: os.kill(os.getpid(), signal.SIGUSR1) or create(*given))
     assert not start()
     assert saved_steps(tmp_path / "run") == [1]
 
@@ -203,8 +204,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(command, tmp_path, mo
         train.main()
     message = exit.value.code  # a text: Python prints it and exits with 1
     assert message.startswith(
-        f"error: step 2: not finite: velocity loss on rank 0, samples {sample}; acceleration loss on rank 0, samples "
-        f"{sample}; not applied, the checkpoint of step 2 is intact; "
+        f"error: step 2: not finite: velocity_1 loss on rank 0, samples {sample}; velocity_2 loss on rank 0, samples "
+        f"{sample}; acceleration loss on rank 0, samples {sample}; not applied, the checkpoint of step 2 is intact; "
     )
     assert saved_steps(tmp_path / "run") == [1, 2]
     weights = load_file(tmp_path / "run" / "checkpoints" / "step-0000002" / "model.safetensors")
@@ -219,7 +220,7 @@ class SteepLoss(DeepFlowLoss):
 
 
 def test_a_gradient_that_is_not_finite_stops_as_well(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "DeepFlowLoss", SteepLoss)
+    monkeypatch.setattr(build, "DeepFlowLoss", SteepLoss)
     with pytest.raises(train.NonFiniteLoss, match=r"step 0: finite loss, but gradient norm (inf|nan).*no checkpoint"):
         start()
     assert saved_steps(tmp_path / "run") == []
@@ -234,9 +235,9 @@ class LargeLoss(DeepFlowLoss):
 
 def test_a_step_that_fp16_skips_is_repeated_and_moves_nothing(start, tmp_path, monkeypatch):
     """Scales are powers of two: in full precision, all that loss scaling could change is by steps that it skips."""
-    monkeypatch.setattr(train, "DeepFlowLoss", LargeLoss)
+    monkeypatch.setattr(build, "DeepFlowLoss", LargeLoss)
     start(name="plain")
-    monkeypatch.setattr(train, "make_loss_scale", lambda precision: LossScale(base=2.0**70))
+    monkeypatch.setattr(train, "build_loss_scale", lambda precision: LossScale(base=2.0**70))
     start(name="scaled")
     plain, scaled = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "scaled")
     assert len({entry["loss_scale"] for entry in scaled}) == 1 and scaled[0]["loss_scale"] < 2.0**70
@@ -248,8 +249,8 @@ def test_a_step_that_fp16_skips_is_repeated_and_moves_nothing(start, tmp_path, m
 
 
 def test_fp16_that_overflows_at_every_scale_stops(start, monkeypatch):
-    monkeypatch.setattr(train, "DeepFlowLoss", SteepLoss)
-    monkeypatch.setattr(train, "make_loss_scale", lambda precision: LossScale())
+    monkeypatch.setattr(build, "DeepFlowLoss", SteepLoss)
+    monkeypatch.setattr(train, "build_loss_scale", lambda precision: LossScale())
     with pytest.raises(train.NonFiniteLoss, match="step 0: finite loss, but gradient norm"):
         start()
 
@@ -323,12 +324,12 @@ def test_the_official_layout_packed_and_on_the_device_train_alike(start, tmp_pat
 
 
 def test_cosine_schedule():
-    options = parse_options(["--exp-name=x", "--data-dir=x", "--lr-schedule=cosine", "--learning-rate=2"])
-    assert [train.learning_rate(options, step, 4) for step in (0, 2, 4)] == pytest.approx([2, 1, 0])
+    assert [schedule("cosine", step, 4) for step in (0, 2, 4)] == pytest.approx([1, 0.5, 0])
+    assert schedule("constant", 3, 4) == 1
 
 
 def test_noise_seeds_differ_between_steps_and_seeds():
-    seeds = {train.noise_seed(seed, step) for seed in range(12) for step in range(50)}
+    seeds = {noise_seed(seed, step) for seed in range(12) for step in range(50)}
     assert len(seeds) == 600
 
 

@@ -57,7 +57,7 @@ def test_a_sample_that_is_not_finite_is_named_with_its_process(torchrun, tmp_pat
     sample = next(int(index) for index in third[4:] if index not in np.concatenate(before))  # of the second process
     spoil(data, sample)
     error = torchrun("--data-dir", data, "--checkpointing-steps", "1", code=1)
-    assert f"error: step 2: not finite: velocity loss on rank 1, samples {sample}; acceleration loss on rank 1" in error
+    assert f"error: step 2: not finite: velocity_1 loss on rank 1, samples {sample}; velocity_2 loss on rank 1" in error
     assert saved_steps(tmp_path / "run") == [1, 2]
 
 

@@ -14,6 +14,8 @@ from threading import Event
 import torch
 from torch import Tensor
 
+NamedTerms = tuple[Tensor, dict[str, Tensor]]  # dataset indices (B,), and per-sample loss terms (B,) by name
+
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 MAX_SKIPPED = 30  # halvings of the loss scale in a row, after which no scale will do
 
@@ -76,10 +78,10 @@ class LossScale:
         self.base, self.good = state["base"], state["good"]
 
 
-def non_finite_terms(rank: int, terms: Iterable[tuple[Tensor, dict[str, Tensor]]], limit: int = 8) -> list[str]:
+def non_finite_terms(rank: int, terms: Iterable[NamedTerms], limit: int = 8) -> list[str]:
     """Which loss terms are not finite on one process, and for which samples; empty if all are finite.
 
-    `terms` holds for each micro-batch the dataset indices (B,) and the named per-sample terms, each (B,).
+    `terms` holds those of each micro-batch.
     """
     bad: dict[str, list[int]] = {}
     for indices, named in terms:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
@@ -27,7 +27,7 @@ from files import naming, write_text, written_aside
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 SPIKE, MEMORY = 2.0, 0.99  # see `MetricLog`
-STATE = ("window", "logged_step", "usual_loss", "spikes", "skipped")
+STATE = ("columns", "window", "logged_step", "usual_loss", "spikes", "skipped")
 
 
 @cache
@@ -70,23 +70,24 @@ class MetricLog:
     A spike is a step whose loss is more than `SPIKE` times the running average of the losses before it.
 
     Args:
-        columns: names of a row's numbers, `loss` among them.
         step: steps done before the first row.
         batch_size: images a step.
     """
 
-    def __init__(self, columns: Sequence[str], step: int, batch_size: int) -> None:
-        self.columns, self.batch_size = columns, batch_size
+    def __init__(self, step: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.columns: list[str] = []  # the names of a row's numbers, `loss` among them
         self.window: list[list[float]] = []
         self.logged_step = 0  # steps up to here are in metrics.jsonl
         self.usual_loss: float | None = None  # running average, over about 1 / (1 - MEMORY) steps
         self.spikes = self.skipped = 0  # since the last entry
         self.timed_from = step, time.perf_counter()
 
-    def add(self, row: list[float]) -> None:
-        """Take in the metrics of one step, already the same on all processes."""
-        self.window.append(row)
-        loss = row[self.columns.index("loss")]
+    def add(self, numbers: dict[str, float]) -> None:
+        """Take in the numbers of one step by name, `loss` among them, already the same on all processes."""
+        self.columns = list(numbers)
+        self.window.append(list(numbers.values()))
+        loss = numbers["loss"]
         usual = loss if self.usual_loss is None else self.usual_loss
         self.spikes += loss > SPIKE * usual > 0
         self.usual_loss = MEMORY * usual + (1 - MEMORY) * loss
@@ -121,10 +122,13 @@ class MetricLog:
         """What a checkpoint keeps, so that a resumed run writes the lines that the uninterrupted one would."""
         return {name: getattr(self, name) for name in STATE}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        for name in STATE:
-            setattr(self, name, state[name])
+    def load_state_dict(self, state: dict[str, Any], branches: int) -> None:
+        """Go on from `state_dict`. Older checkpoints hold no names, but these, of a network of so many branches."""
+        velocities = [f"velocity_{i + 1}" for i in range(branches)]
+        columns = ["grad_norm", "loss", *velocities, "acceleration", "alignment"]
+        rows = state["window"]
+        for name, value in {"columns": columns[: len(rows[0])] if rows else [], **state}.items():
+            setattr(self, name, value)
 
 
 def memory_gib(device: torch.device) -> float:

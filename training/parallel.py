@@ -79,7 +79,10 @@ def whole_weights(network: nn.Module) -> dict[str, Tensor]:
 
 def whole_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state by the names of the weights, as `whole_weights`."""
-    return get_optimizer_state_dict(network, optimizer, options=WHOLE)
+    state = get_optimizer_state_dict(network, optimizer, options=WHOLE)
+    for group in state.get("param_groups", []):
+        group.pop("initial_lr", None)  # an option, not a state: a fresh optimizer, to be loaded, has none
+    return state
 
 
 def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

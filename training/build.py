@@ -1,0 +1,123 @@
+"""What a run is made of, from its options: network, averages, objective, optimizer, SSL encoders, loss scale."""
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from errors import UserError
+from flags import PRECISIONS
+from loss import DeepFlowLoss
+from models import DeepFlow
+from models.ssl_encoders import load_encoder
+from training import checkpointing, guard, parallel
+from training.ema import EMA, averages
+from training.optimizer import make_optimizer
+from training.plan import Plan, build_network, tokens_a_side
+
+
+class Models(NamedTuple):
+    """The trained network and what depends on it."""
+
+    network: DeepFlow
+    model: nn.Module  # computes the network's gradients on all processes: itself, or DDP around it
+    emas: dict[str, EMA]  # averages by name, the main one first
+    optimizer: torch.optim.Optimizer
+
+
+def build_models(
+    options: argparse.Namespace, plan: Plan, saved: checkpointing.TrainingState | None, device: torch.device
+) -> Models:
+    """Network, averages and optimizer on all processes, as initialised or as `saved`."""
+    torch.manual_seed(options.seed)  # the initial weights are the only use of the global generator
+    network = build_network(options, plan.data, plan.features)
+    network.checkpoint_activations = options.activation_checkpointing
+    if saved:
+        network.load_state_dict(saved.model)
+    if not parallel.is_sharded():  # else seed or file alone make it the same everywhere: no device has to hold all
+        parallel.synchronise(network.to(device))  # before anything is copied from it, so that all averages start equal
+    emas = averages(network, options.ema_decay, options.ema_std)
+    for name, ema in emas.items() if saved else ():
+        ema.model.load_state_dict(saved.ema[name])
+    if options.compile:
+        compile_network(network)
+    if parallel.is_sharded():
+        for part in (network, *(ema.model for ema in emas.values())):
+            parallel.shard(part, device)
+        model = network
+    else:
+        model = parallel.replicate(network, device)
+    optimizer = make_optimizer(
+        network,
+        options.learning_rate,
+        (options.adam_beta1, options.adam_beta2),
+        options.adam_weight_decay,
+        options.adam_epsilon,
+    )
+    if saved:
+        parallel.load_optimizer(network, optimizer, saved.trainer["optimizer"])
+    return Models(network, model, emas, optimizer)
+
+
+def compile_network(network: DeepFlow) -> None:
+    """Compile blocks and heads one by one: equal ones share their code, so that it takes seconds, not minutes."""
+    for part in [*network.repeated_blocks(), *network.heads()]:
+        part.compile()
+
+
+def build_loss(options: argparse.Namespace) -> DeepFlowLoss:
+    """The objective as the options say."""
+    return DeepFlowLoss(
+        path_type=options.path_type,
+        weighting=options.weighting,
+        tg_upper_bound=options.tg_upper_bound,
+        scale_weight=options.scale_weight,
+        acc_coeff=options.acc_coeff,
+        proj_coeff=options.proj_coeff,
+        cfg_prob=options.cfg_prob,
+    )
+
+
+def build_loss_scale(precision: str) -> guard.LossScale:
+    """The loss scale of a precision: only fp16 needs one."""
+    return guard.LossScale(dynamic=precision == "fp16")
+
+
+def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialState) -> list[nn.Module]:
+    """The SSL encoders that look at the images, none where their features are at hand.
+
+    Raises:
+        UserError: if their weights cannot be had.
+    """
+    if not options.ssl_align or plan.features:
+        return []
+    dtype = PRECISIONS[options.mixed_precision]
+    files = options.enc_weights or [None] * len(options.enc_type)
+    encoders, mistake = [], None
+    with processes.local_main_process_first():  # it downloads what is not in the cache
+        try:
+            for name, file in zip(options.enc_type, files, strict=True):
+                encoders.append(load_encoder(name, tokens_a_side(plan.config), file, processes.device, dtype))
+        except UserError as error:  # raised only after the others, who wait for this process, have made it too
+            mistake = error
+    if mistake:
+        raise mistake
+    return encoders
+
+
+def load_previews(
+    options: argparse.Namespace, plan: Plan, processes: PartialState
+) -> Callable[..., dict[str, float]] | None:
+    """What draws the previews, None where none are wanted.
+
+    Raises:
+        UserError: if their autoencoder or reference cannot be had.
+    """
+    if not options.preview_every:
+        return None
+    from training.previews import Previews  # brings a VAE and a feature network: slow to import, seldom wanted
+
+    return Previews(options, plan.data, processes.device, processes.process_index, processes.num_processes)
