@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -61,7 +62,6 @@ PARTS = {
         20, "sampling", [], ["--model", TOY, "--precisions", "no,bf16", "--modes", "eager", "--repeats", "2", "--tiny"]
     ),
     "throughput": Part(10, "throughput", [], ["--batch-size", "4", "--tiny"]),
-    "quickstart": Part(10, "gpu", ["--run", "quickstart"], ["--run", "quickstart"]),
     "memory": Part(
         8,
         "training_step",
@@ -69,6 +69,7 @@ PARTS = {
         ["--memory", "--models", TOY, "--batch-sizes", "2", "--precisions", "no", "--variants",
          "eager,eager+checkpointing", "--tiny"],
     ),
+    "quickstart": Part(10, "gpu", ["--run", "quickstart"], ["--run", "quickstart"]),
 }  # fmt: skip
 PROFILED = ("training", "sampling")
 
@@ -216,16 +217,13 @@ def run_quickstart(rows: Rows, device: torch.device, tiny: bool) -> None:
         rows.finish()
         return
 
-    def run() -> list[dict[str, Any]]:
-        with tempfile.TemporaryDirectory() as folder:
-            return quickstart_stages(Path(folder), device, tiny)
-
-    rows.measure(["data", "training", "sampling and scoring", "all"], run)
+    with tempfile.TemporaryDirectory() as folder:
+        quickstart_stages(rows, Path(folder), device, tiny)
     rows.finish()
 
 
-def quickstart_stages(folder: Path, device: torch.device, tiny: bool) -> list[dict[str, Any]]:
-    """Seconds of each of the script's three stages and of all; it works in `folder`, where the code is linked."""
+def quickstart_stages(rows: Rows, folder: Path, device: torch.device, tiny: bool) -> None:
+    """Seconds of each of the script's stages and of all; it works in `folder`, where the code is linked."""
     for path in ROOT.iterdir():
         if path.name not in ("data", "runs", "samples") and not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
@@ -241,18 +239,19 @@ def quickstart_stages(folder: Path, device: torch.device, tiny: bool) -> list[di
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if tiny:
         environment |= {"STEPS": "2", "SAMPLES": "130"}
-    script, starts = ["bash", str(folder / "script" / "quickstart.sh")], []
-    began = time.monotonic()
+    script, stage, began = ["bash", str(folder / "script" / "quickstart.sh")], None, time.monotonic()
+    settings, since = "STEPS=2 SAMPLES=130" if tiny else "as shipped", began
+    rows.record["rows"] = []  # of an earlier call: what its folder held is gone
     with subprocess.Popen(script, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
+        for line in itertools.chain(process.stdout, ["== end"]):
             print(line, end="", flush=True)
             if line.startswith("== "):
-                starts.append(time.monotonic())
+                if stage:
+                    rows.add({"name": stage, "seconds": time.monotonic() - since, "settings": settings})
+                stage, since = line[3:].strip(), time.monotonic()
     if process.returncode:
         raise RuntimeError(f"script/quickstart.sh ended with exit code {process.returncode}")
-    ends = [*starts[1:], time.monotonic()]
-    stages = [{"seconds": end - start} for start, end in zip(starts, ends, strict=True)]
-    return [*stages, {"seconds": ends[-1] - began, "settings": "STEPS=2 SAMPLES=130" if tiny else "as shipped"}]
+    rows.add({"name": "all", "seconds": time.monotonic() - began, "settings": settings})
 
 
 def build_parser() -> OneLineParser:

@@ -27,7 +27,7 @@ COLUMNS = {
     "training": ("images_per_second", "time", "mfu_data_sheet", "mfu_measured", "peak_gib", "start_up_s"),
     "sampling": ("images_per_second_250", "time", "share_data_sheet", "share_measured", "peak_gib", "start_up_s"),
     "throughput": ("images_per_second", "batch_size", "time"),
-    "memory": ("batch_size", "next_fails", "peak_gib", "estimate_gib"),
+    "memory": ("batch_size", "twice_as_many", "peak_gib", "estimate_gib"),
     "tests": ("passed", "failed", "skipped", "seconds"),
     "quickstart": ("seconds",),
 }
@@ -45,7 +45,7 @@ HEADINGS = {
     "estimate_gib": "estimated GiB",
     "start_up_s": "start-up s",
     "batch_size": "batch",
-    "next_fails": "twice as many fail",
+    "twice_as_many": "twice as many",
 }
 
 
@@ -92,13 +92,13 @@ def cell(row: dict[str, Any], column: str) -> str:
     if column == "time":
         return f"{row['ms']:.3g} ({row['ms_p10']:.3g}-{row['ms_p90']:.3g})" if "ms" in row else ""
     value = row.get(column)
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and column != "twice_as_many"):
         return ""
     if column.startswith(("mfu", "share")):
         return f"{100 * value:.1f} %"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return str(value)
 
 
 def details(row: dict[str, Any]) -> list[str]:

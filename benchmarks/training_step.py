@@ -121,7 +121,7 @@ class Training:
             ahead = done + (update is not None)
             gradients = self.step.gradients(ahead, self.scale.value(ahead - done))
             if update is not None:
-                if not all(map(math.isfinite, update.verdict.read())):
+                if not all(map(math.isfinite, update.read()[0].values())):
                     if not self.scale.overflowed():
                         raise ArithmeticError("the loss is not finite")
                     self.optimizer.zero_grad()
@@ -247,16 +247,18 @@ def largest_batch(case: Case, device: torch.device, sizes: dict[str, int], large
     found: dict[str, Any] = {"model": case.model, "precision": case.precision, "variant": case.variant}
     total = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else math.inf
     peaks: list[tuple[int, float]] = []
-    batch = case.batch_size
+    batch, end = case.batch_size, "not tried"
     while batch <= largest:
         slope = (peaks[-1][1] - peaks[-2][1]) / (peaks[-1][0] - peaks[-2][0]) if len(peaks) > 1 else 0.0
         if peaks and peaks[-1][1] + slope * (batch - peaks[-1][0]) > 1.1 * total:
-            break  # cannot fit: saves the time to try
+            end = "would not fit"  # by what the batches before took: not worth the time
+            break
         try:
             peaks.append((batch, peak_of(case._replace(batch_size=batch), device, sizes)))
         except Exception as error:
             if describe_error(error) != OUT_OF_MEMORY:
                 raise
+            end = OUT_OF_MEMORY
             break
         batch *= 2
     if not peaks:
@@ -265,10 +267,11 @@ def largest_batch(case: Case, device: torch.device, sizes: dict[str, int], large
         parameters = sum(parameter.numel() for parameter in create_model(case.model, **sizes).parameters())
     states, work = 4 * 5 * parameters, work_of(case, sizes)  # weights, gradients, two moments, one average
     tried = [
-        {"batch_size": size, "peak_gib": peak, "estimate_gib": (states + size * work.activation_bytes) / 2**30}
+        {"batch_size": size, "estimate_gib": (states + size * work.activation_bytes) / 2**30}
+        | ({"peak_gib": peak} if device.type == "cuda" else {})  # elsewhere that of the whole process
         for size, peak in peaks
     ]
-    return found | tried[-1] | {"next_fails": batch <= largest, "tried": tried}
+    return found | tried[-1] | {"twice_as_many": end, "tried": tried}
 
 
 def peak_of(case: Case, device: torch.device, sizes: dict[str, int]) -> float:

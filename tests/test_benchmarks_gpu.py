@@ -98,11 +98,12 @@ def test_largest_batch(run, monkeypatch):
 
     flags = [*TOY, "--memory", "--models", "DeepFlow-Tiny/2", "--precisions", "no", "--variants", "eager"]
     (row,) = run(training_step, *flags, "--batch-sizes", 2)["rows"]
-    assert row["batch_size"] == 8 and not row["next_fails"] and row["estimate_gib"] > 0
+    assert row["batch_size"] == 8 and row["twice_as_many"] == "not tried" and row["estimate_gib"] > 0
     monkeypatch.setattr(training_step, "peak_of", peak_of)
     (row,) = run(training_step, *flags, "--batch-sizes", 1, "--steps", 1)["rows"]
-    assert tried == [1, 2, 4] and row["batch_size"] == 4
-    (row,) = run(training_step, *flags, "--batch-sizes", 2)["rows"][-1:]
+    assert tried == [1, 2, 4] and row["batch_size"] == 4 and row["twice_as_many"] == "not tried"
+    (row,) = run(training_step, *flags, "--batch-sizes", 2, "--steps", 2)["rows"]
+    assert row["batch_size"] == 4 and row["twice_as_many"] == "out of memory"
     (row,) = run(training_step, *flags, "--batch-sizes", 8)["rows"]
     assert row["error"] == "out of memory"
 

@@ -98,14 +98,14 @@ def test_compiled_blocks_train_as_they_do_eager(start, tmp_path):
 def test_thirty_fp16_steps_through_an_overflow(start, tmp_path, monkeypatch):
     """A scale that is far too large is halved until a step fits; the skipped ones change nothing."""
     flags = ("--mixed-precision", "fp16", "--no-fused-attn")
-    monkeypatch.setattr(train, "make_loss_scale", lambda precision: LossScale(base=2.0**40))
+    monkeypatch.setattr(train, "build_loss_scale", lambda precision: LossScale(base=2.0**40))
     assert start(*flags, name="overflow", steps=30)
     entries = metrics_of(tmp_path / "overflow")
     reached = entries[0]["loss_scale"]
     skipped = math.log2(2.0**40 / reached)
     assert reached < 2.0**40 and entries[0]["skipped_rate"] == pytest.approx(skipped / (skipped + 2))
     assert entries[-1]["step"] == 30 and all(map(math.isfinite, losses(tmp_path / "overflow")))
-    monkeypatch.setattr(train, "make_loss_scale", lambda precision: LossScale(base=entries[-1]["loss_scale"]))
+    monkeypatch.setattr(train, "build_loss_scale", lambda precision: LossScale(base=entries[-1]["loss_scale"]))
     assert start(*flags, name="fitting", steps=30)
     assert losses(tmp_path / "overflow") == pytest.approx(losses(tmp_path / "fitting"), rel=1e-3)
 
