@@ -30,9 +30,10 @@ def matrix_product(kind: str, size: int, device: torch.device) -> Callable[[], t
     return lambda: a @ b
 
 
-def matrix_rate(kind: str, device: torch.device, size: int | None = None, count: int = 30) -> dict[str, float]:
-    """Operations a second of a matrix product: median and spread of its time."""
-    size = size or (8192 if device.type == "cuda" else 512)
+def matrix_rate(kind: str, device: torch.device, size: int | None = None) -> dict[str, float]:
+    """Operations a second of a matrix product: median and spread, on a GPU for long enough to meet its power limit."""
+    default, count = (8192, 200) if device.type == "cuda" else (512, 10)
+    size = size or default
     product, before = matrix_product(kind, size, device), torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = kind == "TF32"
     try:

@@ -77,7 +77,7 @@ class Sampler:
         total = max(0.0, few - steps * a_step) + FULL_STEPS * a_step
         flop = 2 * velocity_macs(self.name, self.sizes) * self.block * (2 if guidance == "guided" else 1)
         kind = "TF32" if precision == "no" and self.device.type == "cuda" else KIND_OF_PRECISION[precision]
-        measured = matrix_rate(kind, self.device, count=10)["tflops"]
+        measured = matrix_rate(kind, self.device)["tflops"]
         row = {"model": self.name, "precision": precision, "guidance": guidance, "compiled": self.compiled}
         row |= {"block": self.block, "images_per_second_250": self.block / total}
         row |= summary([(long - short) / (2 * steps) for short, long in pairs]) | {"ms": 1e3 * a_step}
@@ -103,7 +103,7 @@ def main() -> None:
     add("--modes", default="compiled,eager", help="compiled, eager or both (default: %(default)s)")
     add("--steps", type=number(int, 2), default=5, help="of the shorter run (default: %(default)s)")
     add("--repeats", type=number(int, 1), default=5, help="runs of either length (default: %(default)s)")
-    add("--profile", action="store_true", help="profile guided sampling in the first precision at the end")
+    add("--profile", action="store_true", help="profile guided sampling in the first mode and precision")
     add("--tiny", action="store_true", help="latents of 8 x 8 in place of 32 x 32")
     add("--device", default="cuda", help="where (default: %(default)s)")
     add("--output", type=Path, help="JSON file for the figures (default: none)")
@@ -120,9 +120,9 @@ def main() -> None:
         for precision, guidance in itertools.product(precisions, GUIDANCE):
             given = (precision, guidance, args.steps, args.repeats)
             rows.measure(f"{args.model} {precision} {guidance} {mode}", lambda g=given, s=sampler: s.measure(*g))
-        if args.profile and mode == modes[0]:
-            name = f"profile of {args.model} {precisions[0]} guided {mode}, 10 steps"
-            rows.measure(name, lambda s=sampler: s.profile(precisions[0]))
+            if args.profile and (mode, precision, guidance) == (modes[0], precisions[0], "guided"):
+                name = f"profile of {args.model} {precision} guided {mode}, 10 steps"
+                rows.measure(name, lambda s=sampler, p=precision: s.profile(p))
     rows.finish()
 
 

@@ -196,15 +196,16 @@ def group_rows(cases: Sequence[Case], device: torch.device, sizes: dict[str, int
     started = [run.start() for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
-        for run, seconds in zip(runs, times, strict=True):
-            seconds.extend(run.time(steps))
-    rows = []
-    for case, seconds, start in zip(cases, times, started, strict=True):
-        row = rates(case, summary(seconds), device, sizes) | {"start_up_s": start}
-        if device.type == "cuda" and len(cases) == 1:
-            row["peak_gib"] = memory_gib(device)
-        rows.append(row)
-    return rows
+        for place, seconds in enumerate(times):
+            seconds.extend(runs[place].time(steps))
+    alone = device.type == "cuda" and len(cases) == 1
+    peak = {"peak_gib": memory_gib(device)} if alone else {}
+    runs.clear()
+    fresh_start(device)  # the rate beside it needs memory, too
+    return [
+        rates(case, summary(seconds), device, sizes) | {"start_up_s": start} | peak
+        for case, seconds, start in zip(cases, times, started, strict=True)
+    ]
 
 
 def rates(case: Case, times: dict[str, float], device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
@@ -215,19 +216,19 @@ def rates(case: Case, times: dict[str, float], device: torch.device, sizes: dict
     row |= {"tflop_per_step": flop / 1e12, "tflops": achieved / 1e12}
     if peak := peak_flops(device, case.precision):
         row["mfu_data_sheet"] = achieved / peak
-    measured = matrix_rate(KIND_OF_PRECISION[case.precision], device, count=10)["tflops"]
+    measured = matrix_rate(KIND_OF_PRECISION[case.precision], device)["tflops"]
     return row | {"mfu_measured": achieved / 1e12 / measured, "measured_tflops": measured}
 
 
-def cases_of(models: Sequence[str], batch_sizes: list, precisions: list, variants: list) -> list[Case]:
-    """The base of each model first; then batch sizes, precisions and variants, one varied at a time."""
-    cases = []
-    for model in models:
-        base = Case(model, batch_sizes[0], precisions[0], variants[0])
-        cases += [base, *(base._replace(precision=name) for name in precisions[1:])]
-        cases += [base._replace(variant=name) for name in variants[1:]]
-        cases += [base._replace(batch_size=size) for size in batch_sizes[1:]]
-    return cases
+def cases_of(model: str, batch_sizes: list[int], precisions: list[str], variants: list[str]) -> list[Case]:
+    """The base first; then precisions, variants and batch sizes, one varied at a time."""
+    base = Case(model, batch_sizes[0], precisions[0], variants[0])
+    return [
+        base,
+        *(base._replace(precision=name) for name in precisions[1:]),
+        *(base._replace(variant=name) for name in variants[1:]),
+        *(base._replace(batch_size=size) for size in batch_sizes[1:]),
+    ]
 
 
 def measure_steps(rows: Rows, cases: list[Case], device: torch.device, sizes: dict, steps: int, rounds: int) -> None:
@@ -305,7 +306,7 @@ def build_parser() -> OneLineParser:
     add("--steps", type=number(int, 1), default=20, help="steps timed, a round (default: %(default)s)")
     add("--rounds", type=number(int, 1), default=1, help="above 1: precisions and variants in turn (default: 1)")
     add("--memory", action="store_true", help="find the largest batch, from the smallest of --batch-sizes up, instead")
-    add("--profile", action="store_true", help="profile the base of each model at the end")
+    add("--profile", action="store_true", help="also profile the base of each model")
     add("--tiny", action="store_true", help="latents of 8 x 8 in place of 32 x 32")
     add("--device", default="cuda", help="where (default: %(default)s)")
     add("--output", type=Path, help="JSON file for the figures (default: none)")
@@ -333,10 +334,14 @@ def main() -> None:
             name = f"{model} {case.precision} {variant}"
             rows.measure(name, lambda case=case, most=most: largest_batch(case, device, sizes, most))
     else:
-        cases = cases_of(models, batch_sizes, precisions, variants)
-        measure_steps(rows, cases, device, sizes, args.steps, args.rounds)
-        for case in (next(c for c in cases if c.model == model) for model in models if args.profile):
-            rows.measure(f"profile of {case.name}", lambda case=case: profile_case(case, device, sizes))
+        for model in models:
+            cases = cases_of(model, batch_sizes, precisions, variants)
+            first = 1 if args.rounds == 1 else len(cases)
+            measure_steps(rows, cases[:first], device, sizes, args.steps, args.rounds)
+            if args.profile:
+                name = f"profile of {cases[0].name}"
+                rows.measure(name, lambda case=cases[0]: profile_case(case, device, sizes))
+            measure_steps(rows, cases[first:], device, sizes, args.steps, args.rounds)
     rows.finish()
 
 

@@ -111,10 +111,10 @@ def test_largest_batch(run, monkeypatch):
 def test_sampling(run):
     flags = [*TOY, "--model", "DeepFlow-Tiny/2", "--precisions", "no", "--modes", "eager", "--repeats", 1]
     measured = run(sampling, *flags, "--steps", 2, "--profile")["rows"]
-    assert [row.get("guidance") for row in measured] == ["guided", "unguided", None]
-    for row in measured[:2]:
+    assert [row.get("guidance") for row in measured] == ["guided", None, "unguided"]
+    for row in measured[::2]:
         assert row["images_per_second_250"] > 0 and row["block"] == 16
-    assert measured[2]["kernels"][0]["us"] > 0
+    assert measured[1]["kernels"][0]["us"] > 0
 
 
 def test_sampling_counts_the_rows_of_guidance():
