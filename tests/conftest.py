@@ -1,14 +1,29 @@
-"""What all tests share: one thread a process, and the golden case."""
+"""What all tests share: one thread a process, no GPU unless `-m gpu` asks for it, and the golden case."""
 
 import json
+import os
+import sys
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from safetensors.torch import load_file
 
-from models import DeepFlow
+def asks_for_gpu(arguments):
+    """Whether a command line of pytest selects the tests marked `gpu`."""
+    marks = [word.removeprefix("-m") for word in arguments if word.startswith("-m") and len(word) > 2]
+    marks += [word for flag, word in pairwise(arguments) if flag == "-m"]
+    return any("gpu" in mark.split() and "not gpu" not in mark for mark in marks)
+
+
+# The ordinary tests compare with numbers of the CPU. Workers of xdist inherit what their parent decided here.
+if "PYTEST_XDIST_WORKER" not in os.environ and not asks_for_gpu(sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from models import DeepFlow  # noqa: E402
 
 pytest_plugins = ["training_runs"]  # the fixtures of tests that train
 

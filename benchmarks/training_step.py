@@ -1,0 +1,349 @@
+"""How fast a training step is, how near the machine's ceilings, and what batch fits.
+
+    python -m benchmarks.training_step --models DeepFlow-B/2-2T --batch-sizes 4 --precisions no,bf16 --device cpu
+    python -m benchmarks.training_step --models DeepFlow-XL/2-3T,DeepFlow-B/2-2T --batch-sizes 128,64,32,256
+    python -m benchmarks.training_step --memory --models DeepFlow-XL/2-3T
+
+The step is `train.py`'s: its `TrainingStep`, the verdict read one step behind, and one average of the weights; the
+latents are random and on the device. The first model, batch size, precision and variant are the base of each model;
+the others are varied one at a time. With --rounds above 1, all that differs in precision and variant alone is kept in
+memory and measured in turn, so that a machine whose speed drifts does not decide the ratio.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.machine import KIND_OF_PRECISION, matrix_rate
+from benchmarks.profiling import profile
+from benchmarks.rows import (
+    OUT_OF_MEMORY,
+    SIZES,
+    TINY_SIZES,
+    Rows,
+    benchmark_device,
+    counts,
+    describe_error,
+    fresh_start,
+    random_network,
+    summary,
+    synchronize,
+    times_of,
+    words,
+)
+from dataset import LatentBatch
+from errors import OneLineParser, UserError, exits_on_user_error
+from flags import PRECISIONS, number
+from loss import DeepFlowLoss
+from models import create_model
+from models.presets import model_config
+from training.build import compile_network, make_optimizer
+from training.ema import EMA
+from training.guard import LossScale
+from training.logging import memory_gib
+from training.plan import measure, peak_flops
+from training.step import TrainingStep
+
+WARM_UP = 5  # steps after the first
+LARGEST = 1024  # images that --memory tries
+
+
+class Variant(NamedTuple):
+    """A way to run the same step."""
+
+    compiled: bool = True
+    tf32: bool = False
+    checkpointing: bool = False
+    attention: SDPBackend | None = None  # None: torch chooses
+
+
+VARIANTS = {
+    "compiled": Variant(),
+    "eager": Variant(compiled=False),
+    "compiled+tf32": Variant(tf32=True),
+    "compiled+checkpointing": Variant(checkpointing=True),
+    "eager+checkpointing": Variant(compiled=False, checkpointing=True),
+    "compiled+flash": Variant(attention=SDPBackend.FLASH_ATTENTION),
+    "compiled+cudnn": Variant(attention=SDPBackend.CUDNN_ATTENTION),
+    "compiled+efficient": Variant(attention=SDPBackend.EFFICIENT_ATTENTION),
+}
+
+
+class Case(NamedTuple):
+    """What is measured in one row."""
+
+    model: str
+    batch_size: int
+    precision: str
+    variant: str
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.model} {self.precision} batch {self.batch_size} {self.variant}"
+
+
+class Training:
+    """The training loop of `train.py` on random latents, advanced step by step."""
+
+    def __init__(self, case: Case, device: torch.device, sizes: dict[str, int]) -> None:
+        self.case, self.device, self.variant = case, device, VARIANTS[case.variant]
+        self.network = random_network(case.model, device, **sizes).train()
+        self.network.checkpoint_activations = self.variant.checkpointing
+        self.ema = EMA(self.network, 0.9999)
+        if self.variant.compiled:
+            compile_network(self.network)
+        self.optimizer = make_optimizer(self.network)
+        self.scale = LossScale(dynamic=case.precision == "fp16")
+        self.step = TrainingStep(
+            self.network,
+            DeepFlowLoss(),
+            self.optimizer,
+            random_batches(case.batch_size, self.network.config, device),
+            batch_size=case.batch_size,
+            scaling_factor=1.0,
+            precision=case.precision,
+        )
+        self.loop = self.steps()
+
+    def steps(self) -> Iterator[int]:
+        """`train.py`'s loop without its records: yields after each launch the number of steps that were applied."""
+        done, update = 0, None
+        while True:
+            ahead = done + (update is not None)
+            gradients = self.step.gradients(ahead, self.scale.value(ahead - done))
+            if update is not None:
+                if not all(map(math.isfinite, update.read()[0].values())):
+                    if not self.scale.overflowed():
+                        raise ArithmeticError("the loss is not finite")
+                    self.optimizer.zero_grad()
+                    update = None
+                    continue
+                self.scale.applied()
+                self.ema.update(self.network, done + 1)
+                self.step.forget(done)
+                done += 1
+            update = self.step.launch(ahead, gradients)
+            yield done
+
+    def start(self) -> float:
+        """Seconds of the first two steps, which compile; then more to warm up."""
+        began = time.perf_counter()
+        with arithmetic(self.variant):
+            for _ in range(2):
+                next(self.loop)
+            synchronize(self.device)
+            seconds = time.perf_counter() - began
+            for _ in range(WARM_UP if self.device.type == "cuda" else 1):
+                next(self.loop)
+        synchronize(self.device)
+        return seconds
+
+    def time(self, count: int) -> list[float]:
+        """Seconds of each of `count` steps."""
+        with arithmetic(self.variant):
+            return times_of(lambda: next(self.loop), count, self.device)
+
+
+@contextmanager
+def arithmetic(variant: Variant) -> Iterator[None]:
+    """The variant's matrix products and attention kernel; afterwards as before."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    with ExitStack() as stack:
+        if variant.attention is not None:
+            stack.enter_context(sdpa_kernel([variant.attention]))
+        matmul.allow_tf32 = cudnn.allow_tf32 = variant.tf32
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def random_batches(batch_size: int, config: dict[str, Any], device: torch.device) -> Iterator[LatentBatch]:
+    """Endless random latents and labels on the device: two batches in turn."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch_size, 2 * config["in_channels"], config["input_size"], config["input_size"])
+    batches = []
+    for _ in range(2):
+        moments = torch.rand(shape, generator=generator, device=device).half()
+        labels = torch.randint(config["num_classes"], (batch_size,), generator=generator, device=device)
+        rows = torch.arange(batch_size)
+        batches.append(LatentBatch(moments, labels, rows, torch.zeros(batch_size, dtype=torch.bool)))
+    return itertools.cycle(batches)
+
+
+def work_of(case: Case, sizes: dict[str, int]) -> Any:
+    """What one image costs by count: see `training.plan.measure`."""
+    options = SimpleNamespace(
+        activation_checkpointing=VARIANTS[case.variant].checkpointing, mixed_precision=case.precision
+    )
+    return measure(SimpleNamespace(config=model_config(case.model, **sizes)), options)
+
+
+def group_rows(cases: Sequence[Case], device: torch.device, sizes: dict[str, int], steps: int, rounds: int) -> list:
+    """One row each for cases that are kept side by side and measured in turn."""
+    fresh_start(device)
+    runs = [Training(case, device, sizes) for case in cases]
+    started = [run.start() for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for place, seconds in enumerate(times):
+            seconds.extend(runs[place].time(steps))
+    alone = device.type == "cuda" and len(cases) == 1
+    peak = {"peak_gib": memory_gib(device)} if alone else {}
+    runs.clear()
+    fresh_start(device)  # the rate beside it needs memory, too
+    return [
+        rates(case, summary(seconds), device, sizes) | {"start_up_s": start} | peak
+        for case, seconds, start in zip(cases, times, started, strict=True)
+    ]
+
+
+def rates(case: Case, times: dict[str, float], device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
+    """Images a second and shares of the ceilings; a backward counts as two forwards, a recomputed forward as none."""
+    flop = 6 * work_of(case, sizes).macs * case.batch_size
+    achieved = flop / times["ms"] * 1e3
+    row = {**case._asdict(), "images_per_second": case.batch_size / times["ms"] * 1e3, **times}
+    row |= {"tflop_per_step": flop / 1e12, "tflops": achieved / 1e12}
+    if peak := peak_flops(device, case.precision):
+        row["mfu_data_sheet"] = achieved / peak
+    measured = matrix_rate(KIND_OF_PRECISION[case.precision], device)["tflops"]
+    return row | {"mfu_measured": achieved / 1e12 / measured, "measured_tflops": measured}
+
+
+def cases_of(model: str, batch_sizes: list[int], precisions: list[str], variants: list[str]) -> list[Case]:
+    """The base first; then precisions, variants and batch sizes, one varied at a time."""
+    base = Case(model, batch_sizes[0], precisions[0], variants[0])
+    return [
+        base,
+        *(base._replace(precision=name) for name in precisions[1:]),
+        *(base._replace(variant=name) for name in variants[1:]),
+        *(base._replace(batch_size=size) for size in batch_sizes[1:]),
+    ]
+
+
+def measure_steps(rows: Rows, cases: list[Case], device: torch.device, sizes: dict, steps: int, rounds: int) -> None:
+    """A row for every case."""
+    groups = [[case] for case in cases]
+    if rounds > 1:
+        by_size: dict[tuple, list[Case]] = {}
+        for case in cases:
+            by_size.setdefault((case.model, case.batch_size), []).append(case)
+        groups = list(by_size.values())
+    for group in groups:
+        rows.measure([c.name for c in group], lambda group=group: group_rows(group, device, sizes, steps, rounds))
+
+
+def largest_batch(case: Case, device: torch.device, sizes: dict[str, int], largest: int) -> dict[str, Any]:
+    """The largest power of two that trains two steps within the memory, against the plan's estimate for it."""
+    found: dict[str, Any] = {"model": case.model, "precision": case.precision, "variant": case.variant}
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else math.inf
+    peaks: list[tuple[int, float]] = []
+    batch, end = case.batch_size, "not tried"
+    while batch <= largest:
+        slope = (peaks[-1][1] - peaks[-2][1]) / (peaks[-1][0] - peaks[-2][0]) if len(peaks) > 1 else 0.0
+        if peaks and peaks[-1][1] + slope * (batch - peaks[-1][0]) > 1.1 * total:
+            end = "would not fit"  # by what the batches before took: not worth the time
+            break
+        try:
+            peaks.append((batch, peak_of(case._replace(batch_size=batch), device, sizes)))
+        except Exception as error:
+            if describe_error(error) != OUT_OF_MEMORY:
+                raise
+            end = OUT_OF_MEMORY
+            break
+        batch *= 2
+    if not peaks:
+        return found | {"error": OUT_OF_MEMORY, "batch_size": case.batch_size}
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in create_model(case.model, **sizes).parameters())
+    states, work = 4 * 5 * parameters, work_of(case, sizes)  # weights, gradients, two moments, one average
+    tried = [
+        {"batch_size": size, "estimate_gib": (states + size * work.activation_bytes) / 2**30}
+        | ({"peak_gib": peak} if device.type == "cuda" else {})  # elsewhere that of the whole process
+        for size, peak in peaks
+    ]
+    return found | tried[-1] | {"twice_as_many": end, "tried": tried}
+
+
+def peak_of(case: Case, device: torch.device, sizes: dict[str, int]) -> float:
+    """GiB that tensors took at most in two steps."""
+    fresh_start(device)
+    run = Training(case, device, sizes)
+    with arithmetic(run.variant):
+        for _ in range(2):
+            next(run.loop)
+    synchronize(device)
+    return memory_gib(device)
+
+
+def profile_case(case: Case, device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
+    """Where the time of a warm step goes."""
+    fresh_start(device)
+    run = Training(case, device, sizes)
+    run.start()
+    with arithmetic(run.variant):
+        return profile(lambda: next(run.loop), 5, device)
+
+
+def build_parser() -> OneLineParser:
+    """The flags."""
+    parser = OneLineParser(description="Training steps: images/s, share of the ceilings, memory.")
+    add = parser.add_argument
+    add("--models", default="DeepFlow-XL/2-3T", help="names, separated by commas (default: %(default)s)")
+    add("--batch-sizes", default="128", help="images a step, separated by commas (default: %(default)s)")
+    add("--precisions", default="bf16", help="no, bf16, fp16, separated by commas (default: %(default)s)")
+    add("--variants", default="compiled,eager", help=f"of {', '.join(VARIANTS)} (default: %(default)s)")
+    add("--steps", type=number(int, 1), default=20, help="steps timed, a round (default: %(default)s)")
+    add("--rounds", type=number(int, 1), default=1, help="above 1: precisions and variants in turn (default: 1)")
+    add("--memory", action="store_true", help="find the largest batch, from the smallest of --batch-sizes up, instead")
+    add("--profile", action="store_true", help="also profile the base of each model")
+    add("--tiny", action="store_true", help="latents of 8 x 8 in place of 32 x 32")
+    add("--device", default="cuda", help="where (default: %(default)s)")
+    add("--output", type=Path, help="JSON file for the figures (default: none)")
+    return parser
+
+
+@exits_on_user_error
+def main() -> None:
+    """Parse the command line and measure."""
+    args = build_parser().parse_args()
+    models, batch_sizes = args.models.split(","), counts(args.batch_sizes, "--batch-sizes")
+    precisions = words(args.precisions, PRECISIONS, "--precisions")
+    variants = words(args.variants, VARIANTS, "--variants")
+    device, sizes = benchmark_device(args.device), SIZES | (TINY_SIZES if args.tiny else {})
+    for model in models:
+        model_config(model)
+    if device.type == "cpu" and "fp16" in precisions:
+        raise UserError("--precisions fp16 needs a GPU and this is the CPU: choose bf16 or no")
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    rows = Rows("memory" if args.memory else "training", settings, device, args.output)
+    if args.memory:
+        for model, variant in itertools.product(models, variants):
+            case = Case(model, min(batch_sizes), precisions[0], variant)
+            most = 4 * case.batch_size if args.tiny else LARGEST
+            name = f"{model} {case.precision} {variant}"
+            rows.measure(name, lambda case=case, most=most: largest_batch(case, device, sizes, most))
+    else:
+        for model in models:
+            cases = cases_of(model, batch_sizes, precisions, variants)
+            first = 1 if args.rounds == 1 else len(cases)
+            measure_steps(rows, cases[:first], device, sizes, args.steps, args.rounds)
+            if args.profile:
+                name = f"profile of {cases[0].name}"
+                rows.measure(name, lambda case=cases[0]: profile_case(case, device, sizes))
+            measure_steps(rows, cases[first:], device, sizes, args.steps, args.rounds)
+    rows.finish()
+
+
+if __name__ == "__main__":
+    main()
