@@ -276,9 +276,10 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
     begun = None if made else samples.begun()
     goes_on = begun is not None and require_same(record, begun, samples.part, options.overwrite)
     if not made:
-        how = device, options.compile, settings.precision
-        model = load_network(checkpoint, options.ckpt, *how)
-        guide = guide_checkpoint and load_network(guide_checkpoint, options.autoguidance_ckpt, *how)
+        how = options.compile, settings.precision
+        model = prepare_network(checkpoints.build(checkpoint, options.ckpt).to(device), *how)
+        guide = guide_checkpoint and checkpoints.build(guide_checkpoint, options.autoguidance_ckpt).to(device)
+        guide = guide and prepare_network(guide, *how)
     process.wait_for_everyone()  # all have seen what stands there before one of them changes it
 
     # ---- 2. The blocks that are missing, each process its share ----------------------------------------------------
@@ -331,11 +332,8 @@ def arithmetic(tf32: bool) -> Iterator[None]:
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
-def load_network(
-    checkpoint: checkpoints.Checkpoint, name: str, device: torch.device, compiled: bool, precision: str
-) -> DeepFlow:
-    """The network of a checkpoint on a device, its blocks and heads compiled on request."""
-    model = checkpoints.build(checkpoint, name).to(device)
+def prepare_network(model: DeepFlow, compiled: bool, precision: str) -> DeepFlow:
+    """A network as it is to sample: weights in the precision of its products, blocks and heads compiled on request."""
     if precision != "no":
         cast_products(model, PRECISIONS[precision])
     if compiled:

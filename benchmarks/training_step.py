@@ -63,6 +63,7 @@ class Variant(NamedTuple):
     tf32: bool = False
     checkpointing: bool = False
     attention: SDPBackend | None = None  # None: torch chooses
+    tuned: bool = False  # tile sizes of pointwise kernels and reductions are tried out
 
 
 VARIANTS = {
@@ -71,6 +72,7 @@ VARIANTS = {
     "compiled+tf32": Variant(tf32=True),
     "compiled+checkpointing": Variant(checkpointing=True),
     "eager+checkpointing": Variant(compiled=False, checkpointing=True),
+    "compiled+tuned": Variant(tuned=True),
     "compiled+flash": Variant(attention=SDPBackend.FLASH_ATTENTION),
     "compiled+cudnn": Variant(attention=SDPBackend.CUDNN_ATTENTION),
     "compiled+efficient": Variant(attention=SDPBackend.EFFICIENT_ATTENTION),
@@ -100,7 +102,7 @@ class Training:
         self.network.checkpoint_activations = self.variant.checkpointing
         self.ema = EMA(self.network, 0.9999)
         if self.variant.compiled:
-            compile_network(self.network)
+            compile_network(self.network, {"max_autotune_pointwise": True} if self.variant.tuned else None)
         self.optimizer = make_optimizer(self.network)
         self.scale = LossScale(dynamic=case.precision == "fp16")
         self.step = TrainingStep(

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -62,10 +62,13 @@ def build_models(
     return Models(network, model, emas, optimizer)
 
 
-def compile_network(network: DeepFlow) -> None:
-    """Compile blocks and heads one by one: equal ones share their code, so that it takes seconds, not minutes."""
+def compile_network(network: DeepFlow, options: dict[str, Any] | None = None) -> None:
+    """Compile blocks and heads one by one: equal ones share their code, so that it takes seconds, not minutes.
+
+    `options` are the compiler's own.
+    """
     for part in [*network.repeated_blocks(), *network.heads()]:
-        part.compile()
+        part.compile(options=options)
 
 
 def build_loss(options: argparse.Namespace) -> DeepFlowLoss:
