@@ -5,14 +5,30 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over quota, over the largest file allowed
+# How torch, CUDA's libraries and the system's threads say that memory is used up, where no class of errors says it.
+NO_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "memoryallocation",
+    "alloc_failed",
+    "std::bad_alloc",
+    "memory object",  # oneDNN: "could not create a memory object"
+    "can't start new thread",
+)
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: the message says what was given, what was expected, what to change."""
+
+
+class OutOfMemory(UserError):
+    """The memory of the machine or its GPU does not suffice: the message names the flags that need less."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -30,6 +46,52 @@ def tell(line: str) -> None:
     """Print a line on stderr, once a machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(line, file=sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory, the machine's or a GPU's, is used up."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of which CUDA raises
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+
+
+@contextmanager
+def memory_told(advice: str) -> Iterator[None]:
+    """Around a command's work, or as its decorator: memory that is used up becomes an `OutOfMemory` with `advice`.
+
+    So does a mistake that only looks like one, a file that could not be read for want of memory. Every process tells,
+    as it may be the only one whose memory is used up.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        if cause is None or not is_out_of_memory(cause):
+            raise
+        told = OutOfMemory(f"out of memory ({first_line(cause)}): {advice}")
+        if (rank := os.environ.get("LOCAL_RANK", "0")) != "0":
+            print(f"error: [process {os.environ.get('RANK', rank)}] {told}", file=sys.stderr, flush=True)
+        raise told from error
+
+
+@contextmanager
+def spared_by(picture: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Around a picture, which is no reason for finished work to fail: an error is one warning, unless `passing`."""
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:  # libraries that draw raise all kinds
+        tell(f"warning: {picture} could not be drawn ({first_line(error)})")
 
 
 def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:

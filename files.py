@@ -13,6 +13,7 @@ from typing import TextIO
 from errors import UserError
 
 PATIENCE = 3.0  # seconds
+REPOSITORY = Path(__file__).resolve().parent
 
 
 @contextmanager
@@ -54,6 +55,19 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def portable(path: str | Path, parts: int = 1) -> str:
+    """A path as a record that travels tells it: relative to the repository, else, outside it, its last `parts`.
+
+    Relative paths that stay below the working folder are as they are; what lies where on a machine stays there.
+    """
+    place = Path(path)
+    if not place.is_absolute() and place.parts[:1] not in (("..",), ("~",)):
+        return str(path)
+    if place.is_relative_to(REPOSITORY):
+        return place.relative_to(REPOSITORY).as_posix()
+    return Path(*[part for part in place.parts if part != place.anchor][-parts:]).as_posix()
 
 
 @contextmanager

@@ -6,7 +6,7 @@
 The same command resumes an interrupted run from its newest checkpoint. One counter, optimizer steps, is behind
 everything: data order, noise and times are functions of (seed, step), whatever the number of processes. So a checkpoint
 needs no random state, and a resumed run repeats the uninterrupted one, on the CPU bit for bit. SIGTERM or SIGUSR1
-finishes the step, saves, and exits with code 143.
+finishes the step, saves, and exits with code 143; so does SIGHUP, unless it is ignored (nohup).
 
     RUN/options.json      options as resolved, architecture, code commit, versions
     RUN/metrics.jsonl     averages over --log-every steps and all processes
@@ -30,17 +30,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from dataset import DataOrder, DeviceLatents, LatentBatch, latent_batches
-from errors import UserError, exits_on_user_error
+from errors import UserError, exits_on_user_error, memory_told
 from files import only_writer
 from flags import PRECISIONS
 from loss import DeepFlowLoss
 from models import DeepFlow, checkpoints
 from models.ssl_encoders import load_encoder
 from models.vae import sample_latents
-from processes import join_processes, reported_by_any_process
+from processes import join_processes, progress_bar, reported_by_any_process
 from training import checkpointing, guard, logging, parallel
 from training.ema import EMA, averages
 from training.options import parse_options
@@ -77,6 +76,7 @@ class Update(NamedTuple):
     terms: list[tuple[Tensor, dict[str, Tensor]]]
 
 
+@memory_told(guard.LESS_MEMORY)
 def train(options: argparse.Namespace) -> bool:
     """Run the training that `options` (of `parse_options`) describe; False if a signal stopped it before its end.
 
@@ -263,7 +263,7 @@ def train_until(options: argparse.Namespace, stop: Event, held: ExitStack) -> bo
     # long reached, then launches the step. So the device always has work, and yet nothing follows a step that failed.
     stopped, update = False, None
     attention = sdpa_kernel([SDPBackend.MATH]) if not options.fused_attn else nullcontext()
-    with attention, tqdm(total=total_steps, initial=step, disable=not is_main) as bar:
+    with attention, progress_bar(is_main, total=total_steps, initial=step) as bar:
         while step < total_steps and not stopped:
             ahead = step + (update is not None)
             gradients = accumulate_gradients(ahead, scale.value(ahead - step)) if ahead < total_steps else None

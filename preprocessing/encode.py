@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from errors import UserError
 from file_layout import FileStore, read_image
@@ -20,6 +19,7 @@ from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.processes import Processes, joined_processes
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
+from processes import progress_bar
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -116,7 +116,7 @@ def encode_units(
     total = sum(len(job.rows_of(unit)) for unit in units)
     with (
         worker_results(images, num_workers, batch_sampler=order) as read,
-        tqdm(total=total, desc=processes.label("encode"), unit="img", disable=processes.local_rank != 0) as bar,
+        progress_bar(processes.local_rank == 0, total=total, desc=processes.label("encode"), unit="img") as bar,
     ):
         for unit in units:
             values, pixels = [], []

@@ -610,7 +610,7 @@ def bad_archives(folder, rng):
     np.savez(folder / "half.npz", arr_0=images, mu=np.zeros(5))
     (folder / "truncated.npz").write_bytes((folder / "good.npz").read_bytes()[:700])
     (folder / "text.npz").write_text("no archive")
-    np.save(folder / "array.npy", images)
+    np.save(folder / "array.npy", images / 255)
     return [
         ("missing.npz", "no such file"),
         ("unnamed.npz", "arr_0"),
@@ -622,7 +622,7 @@ def bad_archives(folder, rng):
         ("half.npz", "only one of mu and sigma"),
         ("truncated.npz", "not a complete"),
         ("text.npz", "not a complete"),
-        ("array.npy", "not a complete"),
+        ("array.npy", "float64 of shape (20, 4, 6, 3)"),
     ]
 
 
