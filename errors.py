@@ -20,6 +20,7 @@ NO_MEMORY = (
     "std::bad_alloc",
     "memory object",  # oneDNN: "could not create a memory object"
     "can't start new thread",
+    "failed to map segment",  # of a library that is imported late
 )
 
 
@@ -53,13 +54,17 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory, the machine's or a GPU's, is used up."""
+def lack_of_memory(error: BaseException) -> str | None:
+    """The line of an error that says that memory, the machine's or a GPU's, is used up; None for any other error."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of which CUDA raises
-        return True
+        return first_line(error)
     if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+        return first_line(error) if error.errno == errno.ENOMEM else None
+    if isinstance(error, RuntimeError | ImportError):
+        return next(
+            (line for line in str(error).splitlines() if any(words in line.lower() for words in NO_MEMORY)), None
+        )
+    return None
 
 
 @contextmanager
@@ -75,9 +80,9 @@ def memory_told(advice: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, UserError) else error
-        if cause is None or not is_out_of_memory(cause):
+        if cause is None or (reason := lack_of_memory(cause)) is None:
             raise
-        told = OutOfMemory(f"out of memory ({first_line(cause)}): {advice}")
+        told = OutOfMemory(f"out of memory ({reason}): {advice}")
         if (rank := os.environ.get("LOCAL_RANK", "0")) != "0":
             print(f"error: [process {os.environ.get('RANK', rank)}] {told}", file=sys.stderr, flush=True)
         raise told from error

@@ -95,8 +95,8 @@ def require_compiler(device: str | torch.device) -> None:
     except OSError as error:
         reason = f"{compiler}: {error.strerror}"
     except (subprocess.SubprocessError, ValueError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        reason = next((line for line in said.splitlines() if "error" in line), said.strip().splitlines()[0])
+        said = (getattr(error, "stderr", None) or f"{compiler} fails").splitlines()
+        reason = next((line for line in said if "error" in line), said[0])
     raise UserError(
         f"--compile needs a working {language.upper()} compiler and Python's headers ({reason}): install them, name a "
         f"compiler by {variable}, or drop --compile"
