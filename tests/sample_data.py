@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import multiprocessing.sharedctypes
+import os
 import random
 import shutil
 import signal
@@ -111,24 +113,65 @@ def start(work, *arguments):
     return process
 
 
-def killed_after(work, seconds):
-    """Run `work` in a process of its own and kill it -9 after some seconds; whether it had ended before."""
-    process = start(work)
-    process.join(seconds)
-    process.kill()
+def dying_at(moment, folder):
+    """From here on count what this process does to files below `folder`, and die -9 just before that number of it.
+
+    A moment so named is one of the work, however slow the machine is just now. Returns the count, as it grows, and a
+    function that counts one thing more.
+    """
+    count, process = multiprocessing.sharedctypes.RawValue("q", 0), os.getpid()
+
+    def reach():
+        count.value += 1
+        if count.value == moment:
+            os.kill(process, signal.SIGKILL)
+
+    def look(_, arguments):  # Python's audit events: open, os.rename, os.remove, ...
+        if os.getpid() == process and any(isinstance(a, str) and a.startswith(str(folder)) for a in arguments):
+            reach()
+
+    sys.addaudithook(look)
+    return count, reach
+
+
+def killed_at(work, moment, folder):
+    """Run `work` in a process of its own that dies -9 at a moment of `dying_at`; whether it had ended before."""
+
+    def doomed():
+        dying_at(moment, folder)
+        work()
+
+    process = start(doomed)
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode == 0
 
 
-def kill_ten_times(command, dest, whole, seconds):
-    """Kill a command -9 at ten random moments of the `seconds` it takes, and let it complete after any number of kills.
+def moments_of(work, folder):
+    """How many moments of `dying_at` the work has, in a process of its own."""
+    total = multiprocessing.sharedctypes.RawValue("q", 0)
+
+    def counted():
+        count, _ = dying_at(None, folder)
+        work()
+        total.value = count.value
+
+    process = start(counted)
+    process.join()
+    assert process.exitcode == 0 and total.value > 3
+    return total.value
+
+
+def kill_ten_times(command, dest, whole):
+    """Kill a command -9 at ten random moments of its work, and let it complete after any number of kills.
 
     Every time it completes `dest` has to hold `whole`, what it made uninterrupted; then it begins anew.
     """
+    total = moments_of(command, dest)
+    shutil.rmtree(dest)
     moments, kills = random.Random(0), 0
     while kills < 10:
-        if killed_after(command, moments.uniform(0, 0.7 * seconds)):
+        if killed_at(command, moments.randint(1, total), dest):
             assert contents(dest) == whole
             shutil.rmtree(dest)
         else:

@@ -6,14 +6,13 @@ import resource
 import shutil
 import signal
 import socket
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_data import CLASSES, contents, kill_ten_times, killed_after, make_images, make_vae, start
+from sample_data import CLASSES, contents, kill_ten_times, killed_at, make_images, make_vae, start
 
 from dataset import PackedLatents
 from errors import UserError
@@ -127,21 +126,19 @@ def interrupted(tmp_path, vae_folder, small_units):
     """Sixty images, what an uninterrupted command makes of them, and that command for another destination."""
     images = make_images(tmp_path / "images", {"a": 30, "b": 30})
     options = dict(batch_size=3, num_workers=0, flip=True, with_images=True, shard_rows=10)
-    began = time.monotonic()
     encode(images, tmp_path / "whole", vae_folder, **options)
     dest = tmp_path / "packed"
-    seconds = time.monotonic() - began
-    return dest, contents(tmp_path / "whole"), lambda: encode(images, dest, vae_folder, **options), seconds
+    return dest, contents(tmp_path / "whole"), lambda: encode(images, dest, vae_folder, **options)
 
 
 def test_killed_at_ten_random_moments_the_same_command_completes(interrupted):
-    dest, whole, command, seconds = interrupted
-    kill_ten_times(command, dest, whole, seconds)
+    dest, whole, command = interrupted
+    kill_ten_times(command, dest, whole)
 
 
 def test_killed_at_every_rename_the_same_command_completes(interrupted, monkeypatch):
     """Each run gets one file further: to the point just after it appears under its name."""
-    dest, whole, command, _ = interrupted
+    dest, whole, command = interrupted
     real = Path.replace
 
     def replace_and_die(self, target):
@@ -152,7 +149,7 @@ def test_killed_at_every_rename_the_same_command_completes(interrupted, monkeypa
 
     monkeypatch.setattr(Path, "replace", replace_and_die)
     runs = 0
-    while not killed_after(command, 60):
+    while not killed_at(command, None, dest):
         runs += 1
         assert runs < 100
         if not (dest / "dataset.json").exists():
@@ -164,7 +161,7 @@ def test_killed_at_every_rename_the_same_command_completes(interrupted, monkeypa
 
 def test_a_full_disk_is_reported_and_what_is_written_stays(interrupted, tmp_path):
     """No file may grow beyond 7,000 bytes: enough for units, too little for the first shard of images."""
-    dest, whole, command, _ = interrupted
+    dest, whole, command = interrupted
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (7000, 7000))
@@ -186,7 +183,7 @@ def test_a_full_disk_is_reported_and_what_is_written_stays(interrupted, tmp_path
 
 def test_processes_share_the_work_and_change_nothing(tmp_path, interrupted, monkeypatch):
     """Two processes that meet over gloo, as `accelerate launch` starts them; the first time one of them is killed."""
-    dest, whole, command, _ = interrupted
+    dest, whole, command = interrupted
     real = packed_writer.PackedJob.write_unit
 
     def rank(number, port, kill_at):
