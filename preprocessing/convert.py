@@ -25,9 +25,10 @@ from tqdm import tqdm
 from errors import UserError
 from file_layout import LABELS, BadFile, FileStore
 from files import only_writer
+from image_files import read_rgb
 from preprocessing.growing_zip import Entry, GrowingZip
 from preprocessing.picture_source import PictureSource, list_pictures
-from preprocessing.pixels import TRANSFORMS, read_rgb
+from preprocessing.pixels import TRANSFORMS
 from preprocessing.workers import worker_results
 
 CHUNK = 32  # images: little to do again after a kill, and little held in memory on the way to a zip
@@ -75,7 +76,7 @@ def convert(
 
 def _settings(pictures: PictureSource, resolution: int, transform: str) -> dict[str, Any]:
     """What makes one conversion another one."""
-    listing = [pictures.images, pictures.labels, pictures.class_names, pictures.others]
+    listing = [pictures.images, pictures.labels, pictures.class_names, list(pictures.others)]
     return {
         "resolution": resolution,
         "transform": transform,
@@ -255,7 +256,7 @@ def _report(pictures: PictureSource, lines: list[Line]) -> dict[str, Any]:
     if not kinds:
         name, reason = next(iter(left_out.items()))
         raise UserError(f"none of {len(left_out)} images can be converted, such as {name} ({reason})")
-    left_out |= dict.fromkeys(pictures.others, "no image, by its name")
+    left_out |= pictures.others
     return {
         "files": len(pictures.images) + len(pictures.others),
         "converted": kinds.total(),
