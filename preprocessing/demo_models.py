@@ -142,7 +142,7 @@ def save_vae(vae: torch.nn.Module, images: torch.Tensor, dest: Path) -> float:
     psnr = reconstruction_psnr(rounded, images, moments)
 
     dest.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest if dest.is_dir() else dest.parent))
     try:
         rounded.half().save_pretrained(aside, safe_serialization=True)
         dest.mkdir(exist_ok=True)
