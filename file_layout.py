@@ -315,6 +315,14 @@ def pairing_name(name: str) -> str:
     return splitext(name)[0].replace("img-mean-std-", "img")
 
 
+def image_folder(latents: Iterable[str], images: Iterable[str]) -> str:
+    """The folder, such as `images/`, below which images have the names of their latents; `""` if they have them as they
+    are, or not at all. Zips often have one folder at their top."""
+    wanted = min(map(pairing_name, latents))
+    first = min(map(pairing_name, images), default="")
+    return first.removesuffix(wanted) if first.endswith(f"/{wanted}") else ""
+
+
 def read_image(store: FileStore, name: str) -> np.ndarray:
     """The image `name` of a store, upright, as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor
     greyscale."""
@@ -421,12 +429,15 @@ class FileLatents:
         return np.stack([self.read(index) for index in indices]), self.labels[indices]
 
     @cached_property
-    def _image_suffix(self) -> str:
-        """Of all images: that of the first."""
-        stem = pairing_name(self.names[0])
-        for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
+    def _image_form(self) -> tuple[str, str]:
+        """What stands before and after the names of all images: what does with the first."""
+        stem, suffixes = pairing_name(self.names[0]), (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
+        for suffix in suffixes:
             if self.images.has(stem + suffix):
-                return suffix
+                return "", suffix
+        images = [name for name in self.images.names() if name.endswith(suffixes)]
+        if folder := image_folder(self.names, images):
+            return folder, next(suffix for suffix in suffixes if self.images.has(folder + stem + suffix))
         raise UserError(
             f"{self.images.path} has no image {stem}, which {self.path / self.names[0]} is of: bring images and "
             "latents to the same names"
@@ -436,9 +447,9 @@ class FileLatents:
         """Pixels (B, H, W, 3) uint8 of samples `indices` (B,); `UserError` if one is missing, or of another size."""
         if self.images is None:
             raise UserError(f"{self.path} has no images beside it: expected a folder images, or images.zip")
-        side, images = self.manifest["resolution"], []
+        side, images, (folder, suffix) = self.manifest["resolution"], [], self._image_form
         for index in indices:
-            name = pairing_name(self.names[index]) + self._image_suffix
+            name = folder + pairing_name(self.names[index]) + suffix
             images.append(read_image(self.images, name))
             if images[-1].shape != (side, side, 3):
                 height, width = images[-1].shape[:2]

@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import UserError
-from file_layout import LABELS, SD_VAE, FileLatents, pairing_name, read_image
+from file_layout import LABELS, SD_VAE, FileLatents, image_folder, pairing_name, read_image
 from files import only_writer
 from preprocessing.images import SourceImages, list_images, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
@@ -76,7 +76,8 @@ def check_files(latents: FileLatents) -> None:
 
 def _paired_images(latents: FileLatents, images: SourceImages) -> SourceImages:
     """The images in the order of the latents, by name; `UserError` if one has no counterpart, or labels disagree."""
-    index_of = {pairing_name(name): index for index, name in enumerate(images.names)}
+    folder = image_folder(latents.names, images.names)
+    index_of = {pairing_name(name).removeprefix(folder): index for index, name in enumerate(images.names)}
     if len(index_of) < len(images.names):
         raise UserError(f"{images.store.path} has several images of one name: they cannot be paired by name")
     for name in sorted({pairing_name(name) for name in latents.names} ^ index_of.keys())[:1]:

@@ -170,6 +170,8 @@ def _damage_of_shard(
                 digest.update(content)
                 if zlib.crc32(content) != checksum:
                     damaged.append(f"{name} (row {row} of {place.name})")
+                elif field == "moments" and _has_negative_std(content, manifest):
+                    damaged.append(f"{name} (row {row} of {place.name}): its std is negative, it was no moments")
                 bar.update()
             digest.update(file.read())
     except OSError as error:
@@ -177,6 +179,13 @@ def _damage_of_shard(
     if digest.hexdigest() != shard["sha256"] and not damaged:
         return [f"{place.name}, though not in its samples: its header or its length"]
     return damaged
+
+
+def _has_negative_std(content: bytes, manifest: dict[str, Any]) -> bool:
+    """Whether a stored row cannot be mean and std, of one view or two: latents already drawn were packed as moments."""
+    channels, *size = manifest["latent_shape"]
+    moments = np.frombuffer(content, manifest["dtype"]).reshape(-1, channels, *size)
+    return bool((moments[:, channels // 2 :] < 0).any())
 
 
 def _sha256(place: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from errors import UserError
 from preprocessing import dataset_tools
 from preprocessing.packed_writer import packed_manifest, write_packed
 
@@ -99,6 +101,31 @@ def run_main(monkeypatch, *arguments):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def ordinary_user(work, seconds=60):
+    """What `work()` returns in a process of its own, of a user for whom folders may be unreadable; root reads all.
+
+    A `UserError` is returned as its message. Fails if it takes longer than some seconds.
+    """
+
+    def as_nobody(results):
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        try:
+            results.send(work())
+        except UserError as error:
+            results.send(str(error))
+
+    result, results = multiprocessing.get_context("fork").Pipe(duplex=False)
+    process = start(as_nobody, results)
+    try:
+        assert result.poll(seconds), "no result in time"
+        return result.recv()
+    finally:
+        process.kill()
+        process.join()
 
 
 def start(work, *arguments):
