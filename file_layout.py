@@ -65,6 +65,10 @@ class BadFile(UserError):
     """One file has no usable content, however often it is read; the others beside it may be whole."""
 
 
+class UnreadableFolder(UserError):
+    """The system does not say what a folder holds: what is there would be lost without a word."""
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder, or one of the folders it lies in, is hidden or of an operating system."""
     return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in re.split(r"[/\\]", name))
@@ -246,8 +250,8 @@ def _kind_of(entry: os.DirEntry, place: Path, real: str, hidden: bool) -> tuple[
     return "link", target
 
 
-def _unreadable(place: Path, error: OSError) -> UserError:
-    return UserError(f"{place} cannot be read ({error.strerror or error}): make it readable, or take it away")
+def _unreadable(place: Path, error: OSError) -> UnreadableFolder:
+    return UnreadableFolder(f"{place} cannot be read ({error.strerror or error}): make it readable, or take it away")
 
 
 def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:

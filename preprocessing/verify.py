@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dataset import LATENTS, MANIFEST, open_latents, read_manifest
 from errors import UserError
-from file_layout import FileLatents
+from file_layout import FileLatents, UnreadableFolder
 from files import file_sha256
 from preprocessing.images import list_images
 from preprocessing.pack import check_files
@@ -32,6 +32,8 @@ def info(path: str | Path) -> str:
     except UserError as not_latents:
         try:
             images = list_images(path)
+        except UnreadableFolder:
+            raise
         except UserError:
             raise not_latents from None
         height, width = images.read(0).shape[:2]

@@ -1,5 +1,6 @@
 """Small datasets for the tests of what makes and reads them, and processes to be killed while they make them."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -103,29 +105,57 @@ def run_main(monkeypatch, *arguments):
     return 0
 
 
-def ordinary_user(work, seconds=60):
-    """What `work()` returns in a process of its own, of a user for whom folders may be unreadable; root reads all.
+def in_process(work, seconds=60):
+    """What `work()` returns in a process of its own; of a `UserError` the message. Fails if that takes longer."""
 
-    A `UserError` is returned as its message. Fails if it takes longer than some seconds.
-    """
-
-    def as_nobody(results):
-        if os.getuid() == 0:
-            os.setgid(65534)
-            os.setuid(65534)
+    def told(results):
         try:
             results.send(work())
         except UserError as error:
             results.send(str(error))
 
     result, results = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = start(as_nobody, results)
+    process = start(told, results)
+    results.close()
     try:
-        assert result.poll(seconds), "no result in time"
+        assert result.poll(seconds), f"no result after {seconds} s"
         return result.recv()
     finally:
         process.kill()
         process.join()
+
+
+def ordinary_user(work):
+    """`in_process`, by a user for whom folders may be unreadable; root reads all."""
+
+    def as_nobody():
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        return work()
+
+    return in_process(as_nobody)
+
+
+def with_mount(place, work, kind="tmpfs", options="size=64k", source="tmpfs"):
+    """`in_process`, where a file system is mounted on `place` that no other process sees. Skips where none may be."""
+
+    def mounted():
+        libc = ctypes.CDLL(None, use_errno=True)
+        new_namespace, recursive_private, bind = 0x20000, 0x44000, 0x1000
+        flags = bind if kind == "bind" else 0
+        if (
+            libc.unshare(new_namespace)
+            or libc.mount(b"none", b"/", None, recursive_private, None)
+            or libc.mount(os.fsencode(source), os.fsencode(place), kind.encode(), flags, options.encode())
+        ):
+            return "skip", os.strerror(ctypes.get_errno())
+        return "done", work()
+
+    state, result = in_process(mounted)
+    if state == "skip":
+        pytest.skip(f"no file system may be mounted here: {result}")
+    return result
 
 
 def start(work, *arguments):

@@ -206,8 +206,7 @@ def test_an_unreadable_folder_is_named(public_path, vae_folder, command, depth):
     locked.mkdir(parents=True, exist_ok=True)
     locked.chmod(0)
     message = ordinary_user(lambda: COMMANDS[command](public_path))
-    expected = "no dataset folder" if command == "info" else f"{locked} cannot be read (Permission denied)"
-    assert isinstance(message, str) and (expected in message or str(locked) in message), message
+    assert message == f"{locked} cannot be read (Permission denied): make it readable, or take it away"
     assert not (public_path / "out").exists() and not (public_path / "out.npz").exists()
 
 
@@ -272,7 +271,7 @@ def test_each_folder_is_read_once_and_links_to_others_are_followed(tmp_path):
     (elsewhere / "eel" / "up").symlink_to(tmp_path)
     found = list_pictures(source)
     assert found.images == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/sub/1.png"]
-    assert found.others.keys() == {"a-link-to-dog", "fox", "cat/home", "cat/up"} - {"cat/up"} | found.others.keys()
+    assert found.others.keys() == {"a-link-to-dog", "fox", "cat/home", "cat/up"}
     assert found.class_names == ["cat", "dog"]
     (tmp_path / "linked").symlink_to(source)
     assert list_pictures(tmp_path / "linked").images == found.images
@@ -350,7 +349,7 @@ def test_a_class_of_damaged_images_and_latents_without_a_class_are_told(tmp_path
     source = write(tmp_path / "s", IMAGES | {"eel/0.png": b"damaged"})
     convert(source, tmp_path / "out", 16, num_workers=0)
     assert "1 of 3 classes have no images, 2 (eel)\n" in capsys.readouterr().err
-    labels = {name: 1 for name in write_files(tmp_path / "vae-sd")}
+    labels = dict.fromkeys(write_files(tmp_path / "vae-sd"), 1)
     (tmp_path / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": list(labels.items())}))
     pack(tmp_path / "vae-sd", tmp_path / "packed", num_workers=0)
     assert "1 of 2 classes have no images, 0 (0): labels count from 0" in capsys.readouterr().err
