@@ -53,7 +53,8 @@ def real_place(path: str | Path) -> Path:
         return path
     real = Path(os.path.realpath(path))
     if real.is_symlink() or not real.parent.is_dir():
-        raise UserError(f"{path} is a link to {real.parent}, which is not there: mend the link, or give another place")
+        target = "itself" if real.is_symlink() else f"{real.parent}, which is not there"
+        raise UserError(f"{path} is a link to {target}: mend the link, or give another place")
     return real
 
 

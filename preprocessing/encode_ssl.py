@@ -13,7 +13,7 @@ import numpy as np
 from dataset import MANIFEST, PackedLatents
 from errors import UserError
 from file_layout import FileStore
-from files import only_writer
+from files import only_writer, real_place
 from flags import PRECISIONS
 from models.ssl_encoders import load_encoder
 from models.vae import weights_sha256
@@ -68,7 +68,7 @@ def encode_ssl(
                     flip=flip,
                     source_sha256=identity,
                 )
-                check_disk(Path(dest), manifest)
+                check_disk(real_place(dest), manifest)
                 PackedJob.begin(dest, manifest, names)
             processes.wait()
             job = PackedJob.join(dest)

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+import numpy as np
+
 from errors import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -74,10 +76,9 @@ class _Worker:
     def take(self) -> Any:
         """The next result, waited for."""
         try:
-            content = self._results.recv_bytes()
+            return _receive(self._results)
         except (EOFError, OSError):
             self._died()
-        return pickle.loads(content)
 
     def check_alive(self) -> None:
         if self._process.exitcode:
@@ -128,12 +129,40 @@ def _serve(work: Callable[[Item], Result], items: Sequence[Item], numbers: Conne
         except EOFError:
             return
         try:
-            content = pickle.dumps(work(items[number]), pickle.HIGHEST_PROTOCOL)
+            content = _pickled(work(items[number]))
         except Exception as error:  # a bug, or no memory: its traceback would be lost among those of other workers
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             failure = UserError(f"a worker failed ({reason}): give the same command again, with fewer --num-workers")
-            content = pickle.dumps(failure)
-        results.send_bytes(content)
+            content = _pickled(failure)
+        _send(results, *content)
+
+
+def _pickled(result: Any) -> tuple[bytes, list[memoryview]]:
+    """A result without the bytes of its arrays, and these, not copied."""
+    arrays: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(result, 5, buffer_callback=arrays.append)
+    return content, [array.raw() for array in arrays]
+
+
+def _send(pipe: Connection, content: bytes, arrays: list[memoryview]) -> None:
+    pipe.send((content, [len(array) for array in arrays]))
+    for array in arrays:
+        while array:
+            array = array[os.write(pipe.fileno(), array) :]
+
+
+def _receive(pipe: Connection) -> Any:
+    """What `_send` sent, its arrays read straight to where they stay: the caller's time is what a command waits for."""
+    content, sizes = pipe.recv()
+    arrays = [np.empty(size, np.uint8) for size in sizes]
+    for array in arrays:
+        rest = memoryview(array)
+        while rest:
+            count = os.readv(pipe.fileno(), [rest])
+            if count == 0:
+                raise EOFError
+            rest = rest[count:]
+    return pickle.loads(content, buffers=arrays)
 
 
 def _end_with_parent() -> None:

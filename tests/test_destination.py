@@ -211,7 +211,7 @@ def test_what_cannot_be_a_destination_is_said_before_the_work(sources, tmp_path,
         with pytest.raises(UserError, match="file is a file, expected a folder: change --dest"):
             WRITERS[name](sources, tmp_path / "file")
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(UserError, match="loop is a link to"):
+    with pytest.raises(UserError, match="loop is a link to itself: mend the link"):
         WRITERS["convert"](sources, tmp_path / "loop")
 
 
