@@ -3,6 +3,7 @@
 import argparse
 import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -104,11 +105,15 @@ def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
 
     A mistake is a `UserError`, or a file that the system would not open or write (its error names the file), or a full
     disk (the error of a write names none). Only the first process of each machine prints, so that a mistake is not
-    repeated once per GPU. An interrupt (Ctrl-C) is one line as well.
+    repeated once per GPU. An interrupt (Ctrl-C) is one line as well. Names of files that the output's encoding lacks
+    are printed with backslashes.
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             main()
         except (UserError, OSError) as error:
@@ -116,7 +121,7 @@ def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
                 if error.filename is None and error.errno not in DISK_FULL:
                     raise
                 error = f"{error.filename or 'cannot write'}: {error.strerror}"
-            tell(f"error: {error}")
+            tell(f"error: {error}".replace("\n", "\\n"))  # in the name of a file
             sys.exit(2)
         except KeyboardInterrupt:
             # The traceback gives way to a line, but it stays an interrupt, by which a shell's script or loop stops too.

@@ -4,24 +4,22 @@
 import functools
 import hashlib
 import math
-import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import UserError, first_line
+from file_layout import FileStore
 from files import file_sha256
+from image_files import IMAGE_SUFFIXES, read_rgb, upright_size
 
 IMAGES = "arr_0.npy"
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
-ORIENTATION = 0x0112  # of EXIF
 # What reading a damaged archive raises: bad structure or checksum, bad deflate data, early end, bad header.
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)
 
@@ -183,10 +181,9 @@ class ImageArray(ImageSource):
 
 
 class ImageFolder(ImageSource):
-    """The image files of a folder and the folders in it, sorted by path, all of one size.
+    """The image files of a folder and the folders in it, sorted by path, all of one size, decoded by `read_rgb`.
 
-    Opening reads the headers of all. Greyscale, palette and transparent images are converted to RGB as Pillow does,
-    and turned as their EXIF data says. Hidden and system files and folders are passed over, and so is what has no
+    Opening reads the headers of all. Hidden and system files and folders are passed over, and so is what has no
     image's suffix.
 
     Raises `UserError` for a folder that cannot be read or has no image, for sizes that differ, and, here or in
@@ -197,84 +194,52 @@ class ImageFolder(ImageSource):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files = list_image_files(self.path)
-        if not self._files:
-            raise UserError(f"{self.path}: no images in this folder; expected {', '.join(sorted(SUFFIXES))} files")
+        self._names = sorted(name for name in FileStore(path).names() if name.lower().endswith(IMAGE_SUFFIXES))
+        if not self._names:
+            raise UserError(f"{self.path}: no images in this folder; expected {', '.join(IMAGE_SUFFIXES)} files")
         with ThreadPoolExecutor() as threads:
-            sizes = list(threads.map(_size_of, self._files))
+            sizes = list(threads.map(self._size_of, self._names))
         other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
         if other is not None:
-            one, two = ("{1} x {0} pixels".format(*sizes[i]) for i in (0, other))
+            one, two = (f"{self._names[i]} is {sizes[i][1]} x {sizes[i][0]} pixels" for i in (0, other))
             raise UserError(
-                f"{self.path}: images of different sizes: {self._files[0].name} is {one}, {self._files[other]} {two}; "
-                "bring all to one size, for example with dataset_tools convert"
+                f"{self.path}: images of different sizes: {one}, {two}; bring all to one size, for example with "
+                "dataset_tools convert"
             )
-        self.shape = (len(self._files), *sizes[0], 3)
+        self.shape = (len(self._names), *sizes[0], 3)
 
     @functools.cached_property
     def sha256(self) -> str:
         """SHA-256 of the checksums of all files, in order."""
         with ThreadPoolExecutor() as threads:
-            return hashlib.sha256("".join(threads.map(file_sha256, self._files)).encode()).hexdigest()
+            sums = threads.map(lambda name: file_sha256(self.path / name), self._names)
+            return hashlib.sha256("".join(sums).encode()).hexdigest()
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         with ThreadPoolExecutor() as threads:
-            return np.stack(list(threads.map(_read_image, self._files[start:stop])))
+            return np.stack(list(threads.map(self._read_image, self._names[start:stop])))
 
+    def _size_of(self, name: str) -> tuple[int, int]:
+        """(height, width) of an image that is upright, by its header."""
+        with self._reading(name) as path:
+            return upright_size(path)
 
-def list_image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, by path; linked folders are followed, each real folder once.
+    def _read_image(self, name: str) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        with self._reading(name) as path:
+            return np.array(read_rgb(path.read_bytes())[0])
 
-    Raises `UserError` for a folder that cannot be read.
-    """
-
-    def unreadable(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror})") from error
-
-    files, seen = [], set()
-    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not _is_of_the_system(name))
-        files += [Path(place, name) for name in names
-                  if Path(name).suffix.lower() in SUFFIXES and not _is_of_the_system(name)]  # fmt: skip
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _is_of_the_system(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
-
-
-def _opened(path: Path, use: Callable[[Image.Image], Any]) -> Any:
-    """What `use` makes of an image; `UserError` names a file that is no readable image."""
-    try:
-        with Image.open(path) as image:
-            return use(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # the decoders of broken files raise all kinds
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
-
-
-def _size_of(path: Path) -> tuple[int, int]:
-    """(height, width) as the image is meant to be seen."""
-
-    def size(image: Image.Image) -> tuple[int, int]:
-        if image.mode[0] in "IF":  # Pillow would clip the values to 255
-            raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
-        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-        return image.size if turned else image.size[::-1]
-
-    return _opened(path, size)
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    return _opened(path, lambda image: np.array(ImageOps.exif_transpose(image).convert("RGB")))
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        """Around the reading of one image: whatever its decoder raises becomes a `UserError` that names it."""
+        path = self.path / name
+        try:
+            yield path
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = "no known format" if type(error).__name__ == "UnidentifiedImageError" else first_line(error)
+            raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

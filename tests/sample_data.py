@@ -1,5 +1,6 @@
 """Small datasets for the tests of what makes and reads them, and processes to be killed while they make them."""
 
+import ctypes
 import json
 import multiprocessing
 import multiprocessing.sharedctypes
@@ -11,10 +12,12 @@ import sys
 import threading
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from errors import UserError
 from preprocessing import dataset_tools
 from preprocessing.packed_writer import packed_manifest, write_packed
 
@@ -80,7 +83,9 @@ def write_files(folder, count=COUNT, shape=(8, 4, 4), dtype="float32"):
     for index in range(count):
         name = f"{index // 10:05d}/img-mean-std-{index:08d}.npy"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        np.save(folder / name, rng.normal(size=shape).astype(np.float16).astype(dtype))  # float16 loses nothing
+        moments = rng.normal(size=shape).astype(np.float16).astype(dtype)  # float16 loses nothing
+        moments[len(moments) // 2 :] = np.abs(moments[len(moments) // 2 :])  # std
+        np.save(folder / name, moments)
         labels[name] = int(rng.integers(0, 4))
     (folder / "dataset.json").write_text(json.dumps({"labels": list(labels.items())[::-1]}))
     return labels
@@ -99,6 +104,59 @@ def run_main(monkeypatch, *arguments):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def in_process(work, seconds=60):
+    """What `work()` returns in a process of its own; of a `UserError` the message. Fails if that takes longer."""
+
+    def told(results):
+        try:
+            results.send(work())
+        except UserError as error:
+            results.send(str(error))
+
+    result, results = multiprocessing.get_context("fork").Pipe(duplex=False)
+    process = start(told, results)
+    results.close()
+    try:
+        assert result.poll(seconds), f"no result after {seconds} s"
+        return result.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def ordinary_user(work):
+    """`in_process`, by a user for whom folders may be unreadable; root reads all."""
+
+    def as_nobody():
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        return work()
+
+    return in_process(as_nobody)
+
+
+def with_mount(place, work, kind="tmpfs", options="size=64k", source="tmpfs"):
+    """`in_process`, where a file system is mounted on `place` that no other process sees. Skips where none may be."""
+
+    def mounted():
+        libc = ctypes.CDLL(None, use_errno=True)
+        new_namespace, recursive_private, bind = 0x20000, 0x44000, 0x1000
+        flags = bind if kind == "bind" else 0
+        if (
+            libc.unshare(new_namespace)
+            or libc.mount(b"none", b"/", None, recursive_private, None)
+            or libc.mount(os.fsencode(source), os.fsencode(place), kind.encode(), flags, options.encode())
+        ):
+            return "skip", os.strerror(ctypes.get_errno())
+        return "done", work()
+
+    state, result = in_process(mounted)
+    if state == "skip":
+        pytest.skip(f"no file system may be mounted here: {result}")
+    return result
 
 
 def start(work, *arguments):

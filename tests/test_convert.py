@@ -17,8 +17,9 @@ from PIL import Image
 from sample_data import contents, kill_ten_times, run_main
 
 from errors import UserError
-from file_layout import IMAGE_SUFFIXES, FileStore
+from file_layout import FileStore
 from files import only_writer
+from image_files import IMAGE_SUFFIXES
 from preprocessing import convert as convert_module
 from preprocessing.convert import CHUNK, convert, describe
 from preprocessing.growing_zip import GrowingZip
