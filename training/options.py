@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preview-samples", type=number(int, 1), default=40, help="images of a preview")
     add("--preview-cfg-scale", type=number(float, 0), default=1.5, help="classifier-free guidance scale of previews")
     add("--preview-vae", help="VAE that decodes them, a local folder or hub name (default: the data's own)")
-    add("--preview-reference", metavar="REF.npz", help="also log the Frechet distance of the previews to these images")
+    add("--preview-reference", metavar="REF", help="also log the Frechet distance of the previews to these images")
     add("--preview-features", choices=["inception", "demo"], default="inception", help="feature network of that "
         "distance")  # fmt: skip
     add("--preview-feature-weights", metavar="FILE", help="its weights (default: its own, or by download)")
