@@ -365,7 +365,7 @@ def open_latents(path: str | Path) -> LatentData:
 def _lists_files(manifest: Path) -> bool:
     """Whether this is the `dataset.json` of one file a sample; a damaged one is left to its reader to report."""
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = json.loads(manifest.read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and "format" not in content and "labels" in content

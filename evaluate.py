@@ -5,7 +5,8 @@
     accelerate launch evaluate.py ...            # the same numbers, on all GPUs
 
 The `.npz` files hold `arr_0`, uint8 images (N, H, W, 3); ADM's reference batches load as they are, with the
-statistics stored in them. A checkpoint is sampled first, as generate.py would.
+statistics stored in them. An `.npy` of such images, or a folder of image files of one size, does as well for either.
+A checkpoint, a file or the folder of a run, is sampled first, as generate.py would.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 
 import generate
-from errors import OneLineParser, UserError, exits_on_user_error
-from evaluation import ImageArchive, compare, extract, load_extractor
+from errors import OneLineParser, UserError, exits_on_user_error, memory_told
+from evaluation import compare, extract, load_extractor, open_images
+from evaluation.archives import ImageSource
 from evaluation.extraction import check_count, check_images, check_reference, check_size
 from evaluation.features import INCEPTION_SHA256
 from files import write_text
@@ -49,12 +51,18 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog="With a checkpoint, all flags of generate.py are taken as well, after the two files.",
     )
-    parser.add_argument("reference", type=Path, metavar="REF.npz", help="reference images or ADM reference batch")
+    parser.add_argument(
+        "reference",
+        type=Path,
+        metavar="REF",
+        help="reference: an ADM batch or other .npz of images, an .npy, or a folder of images",
+    )
     parser.add_argument(
         "samples",
         type=Path,
-        metavar="SAMPLES.npz",
-        help="generated images, uint8 N x H x W x 3; or a checkpoint, a file or run folder, to be sampled first",
+        metavar="SAMPLES",
+        help="generated images, uint8 N x H x W x 3, an .npz, .npy or folder of images; or a checkpoint, a file or run "
+        "folder, to be sampled first",
     )
     parser.add_argument(
         "--features",
@@ -88,11 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path means a network to sample, not samples."""
-    return path.is_dir() or path.suffix in CHECKPOINTS
+    """Whether a path means a network to sample, not samples: a file of weights, or a run, finished or not."""
+    if path.is_dir():
+        return any((path / name).exists() for name in (generate.checkpoints.EMA_NAME, "options.json", "checkpoints"))
+    return path.suffix in CHECKPOINTS
 
 
-def notes_on(reference: ImageArchive, extractor: torch.nn.Module) -> list[str]:
+def notes_on(reference: ImageSource, extractor: torch.nn.Module) -> list[str]:
     """What keeps the numbers from being compared with published ones."""
     notes = []
     if extractor.name == "inception" and extractor.weights_sha256 != INCEPTION_SHA256:
@@ -107,23 +117,29 @@ def notes_on(reference: ImageArchive, extractor: torch.nn.Module) -> list[str]:
     return notes
 
 
+def recipe_path(samples: Path) -> Path:
+    """Where generate.py tells how samples, a file or the folder of PNG files beside it, were made."""
+    samples = samples.resolve() if samples.is_dir() else samples.absolute()
+    return samples.parent / f"{samples.name if samples.is_dir() else samples.stem}.json"
+
+
 def refuse_to_replace_recipe(json_path: Path | None, samples: Path) -> None:
     """Raise `UserError` if the metrics would be written over what generate.py says of the samples."""
-    if json_path and json_path.resolve() == samples.with_suffix(".json").resolve():
+    if json_path and json_path.resolve() == recipe_path(samples).resolve():
         raise UserError(f"--json {json_path}: there generate.py tells how the samples were made; give another name")
 
 
 def recipe_of(samples: Path) -> dict[str, Any] | None:
     """What generate.py wrote beside the samples of how they were made."""
     try:
-        return json.loads(samples.with_suffix(".json").read_text(encoding="utf-8"))
+        return json.loads(recipe_path(samples).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
 def report(
     metrics: dict[str, float],
-    archives: dict[str, ImageArchive],
+    archives: dict[str, ImageSource],
     extractor: torch.nn.Module,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -154,6 +170,7 @@ def report(
 
 
 @exits_on_user_error
+@memory_told("lower --batch-size, or free memory")
 def main() -> None:
     args, more = build_parser().parse_known_args()
     if args.batch_size < 1:
@@ -173,8 +190,8 @@ def main() -> None:
     args.device = usable_device(args.device) if args.device else process.device
 
     # Everything that can be known to be wrong is told before the work of sampling.
-    reference = ImageArchive(args.reference)
-    samples = None if options else ImageArchive(args.samples)
+    reference = open_images(args.reference)
+    samples = None if options else open_images(args.samples)
     with process.local_main_process_first():  # one download a machine
         extractor = load_extractor(args.features, args.feature_weights, args.device)
     if options:
@@ -185,7 +202,7 @@ def main() -> None:
             refuse_to_replace_recipe(args.json, npz)
             check_size(reference, (side, side))
 
-        samples = ImageArchive(generate.generate(options, approve))
+        samples = open_images(generate.generate(options, approve))
     refuse_to_replace_recipe(args.json, samples.path)
     check_images(reference, samples, extractor)
 

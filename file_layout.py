@@ -1,29 +1,53 @@
 """Folders and zips of one file a sample with labels in a `dataset.json`: images, and the official release's latents."""
 
+import errno
 import hashlib
 import io
 import json
 import lzma
 import os
+import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from posixpath import splitext
+from posixpath import normpath, splitext
 
 import numpy as np
 
 from errors import UserError
+from image_files import IMAGE_SUFFIXES, read_rgb
 
 LABELS = "dataset.json"
 # The layout of the official release records no VAE: it is the SD-VAE's, whatever wrote it.
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 SD_SCALING_FACTOR = 0.18215
 SD_REDUCTION = 8  # pixels a latent
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # decoded within Pillow: no outside program is run
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SD_CHANNELS = 8  # of its moments: mean and std of four
 MAX_CLASSES = 2**20  # far above any dataset's; a damaged label would have names made for all below it
+
+SYSTEM_NAMES = {  # in lower case; what begins with a dot is hidden anyway, such as .DS_Store or .ipynb_checkpoints
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "@eadir",
+    "@recently-snapshot",
+    "@recycle",
+    "@synoresource",
+    "@tmp",
+    "__macosx",
+    "desktop.ini",
+    "ehthumbs.db",
+    "icon\r",
+    "lost+found",
+    "network trash folder",
+    "system volume information",
+    "temporary items",
+    "thumbs.db",
+}
+HIDDEN = "a hidden or system file"  # why a file is passed over
 
 DAMAGE = (  # all that reading a zip raises for bytes that are not what they were, or that it cannot take
     OSError,
@@ -41,68 +65,193 @@ class BadFile(UserError):
     """One file has no usable content, however often it is read; the others beside it may be whole."""
 
 
+class UnreadableFolder(UserError):
+    """The system does not say what a folder holds: what is there would be lost without a word."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder, or one of the folders it lies in, is hidden or of an operating system."""
+    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in re.split(r"[/\\]", name))
+
+
+def plain_name(name: str) -> str:
+    """The name of an archive's entry with forward slashes, whoever wrote it: `data\\cat/0.png` is `data/cat/0.png`."""
+    return normpath(name.replace("\\", "/")).lstrip("/")
+
+
+def top_folder(names: Iterable[str]) -> str:
+    """The folder, such as `vae-sd/`, in which `dataset.json` and all but hidden files lie; `""` if there is none."""
+    names = list(names)
+    tops = [name.removesuffix(LABELS) for name in names if name.endswith(f"/{LABELS}") and not is_hidden(name)]
+    top = min(tops, key=len, default="")
+    return top if all(name.startswith(top) or is_hidden(name) for name in names) else ""
+
+
 class FileStore:
     """The files of folder `path`, or of zip file `path`, by their names inside it (with forward slashes).
 
-    May be used from many threads, and from processes forked or sent it: each opens the zip for itself.
+    A zip whose `dataset.json` lies with all else in one folder is read as that folder's zip would be. May be used from
+    many threads, and from processes forked or sent it: each opens the zip for itself.
 
-    Raises `UserError` if there is nothing at `path`, or it is no folder and no zip file.
+    Raises `UserError` if there is nothing at `path`, or it is no folder and no zip file, or a zip with two files of
+    one name.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._archive: tuple[int, zipfile.ZipFile] | None = None  # opened by the process of this id
+        self._archive: tuple[int, zipfile.ZipFile, dict[str, zipfile.ZipInfo]] | None = (
+            None  # of the process of this id
+        )
         if not self.path.exists():
             raise UserError(f"no folder or zip file {self.path}: give another path")
         if not self.path.is_dir():
             self._opened()
 
-    def _opened(self) -> zipfile.ZipFile:
+    def _opened(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+        """The zip, opened by this process, and its files by name."""
         if self._archive is None or self._archive[0] != os.getpid():
             try:
-                self._archive = os.getpid(), zipfile.ZipFile(self.path)
+                archive = zipfile.ZipFile(self.path)
             except (OSError, zipfile.BadZipFile) as error:
                 raise UserError(
                     f"{self.path} is no folder and no readable zip file ({error}): copy it again"
                 ) from error
-        return self._archive[1]
+            self._archive = os.getpid(), archive, _members(archive, self.path)
+        return self._archive[1:]
 
     def __reduce__(self) -> tuple:
         return FileStore, (self.path,)
 
+    def files(self) -> dict[str, str | None]:
+        """All files by name, in no particular order, and why one is passed over, None if it is not.
+
+        A folder is walked, which takes a while for millions of files. Raises `UserError` for a folder that cannot be
+        read.
+        """
+        if self.path.is_dir():
+            return _walked(self.path)
+        return {name: HIDDEN if is_hidden(name) else None for name in self._opened()[1]}
+
     def names(self) -> list[str]:
-        """All files, in no particular order. A folder is walked, which takes a while for millions of files."""
-        if not self.path.is_dir():
-            return [entry.filename for entry in self._opened().infolist() if not entry.is_dir()]
-        names = []
-        for place, _, files in os.walk(self.path, followlinks=True):  # ImageNet is often a tree of links
-            below = Path(place).relative_to(self.path).as_posix()
-            names += files if below == "." else [f"{below}/{file}" for file in files]
-        return names
+        """All files that are not passed over, in no particular order."""
+        return [name for name, passed_over in self.files().items() if passed_over is None]
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name."""
         if self.path.is_dir():
             return (self.path / name).is_file()
-        return name in self._opened().NameToInfo
+        return name in self._opened()[1]
+
+    def size(self, name: str) -> int | None:
+        """Bytes of one file, None if it is not there; `UserError` if the system does not say."""
+        if not self.path.is_dir():
+            member = self._opened()[1].get(name)
+            return None if member is None else member.file_size
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            place = self.path / name
+            raise UserError(f"{place} cannot be read ({error.strerror or error}): make it readable") from error
 
     def read(self, name: str) -> bytes:
         """The content of one file; `UserError` names it if it is missing, unreadable or outside the store, and as
         `BadFile` if it is damaged within the zip, encrypted, or compressed in an unknown way."""
         try:
             if not self.path.is_dir():
-                return self._opened().read(name)
+                archive, members = self._opened()
+                return archive.read(members[name])
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise UserError(f"{self.path} lists {name}, which lies outside it: correct its {LABELS}")
             return (self.path / name).read_bytes()
         except UserError:
             raise
+        except PermissionError as error:
+            raise UserError(f"{self.path / name} cannot be read ({error.strerror}): make it readable") from error
         except (KeyError, *DAMAGE) as error:
             problem = "is missing" if isinstance(error, KeyError | FileNotFoundError) else f"is damaged ({error})"
             of_system = isinstance(error, KeyError) or getattr(error, "errno", None)  # a decompressor gives no number
             raise (UserError if of_system else BadFile)(
                 f"{self.path / name} {problem}: copy it again, or take it out of {LABELS}"
             ) from error
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The files of a zip by their plain names; of two entries of one name the later counts, as for every unpacker."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        if info.filename.endswith(("/", "\\")):
+            continue
+        name = plain_name(info.filename)
+        if name in members and members[name].filename != info.filename:
+            raise UserError(f"{path}: two files go by the name {name}: rename one of them")
+        members[name] = info
+    top = top_folder(members)
+    return {name.removeprefix(top): info for name, info in members.items()}
+
+
+def _walked(root: Path) -> dict[str, str | None]:
+    """The files below a folder as `FileStore.files` gives them. Each real folder is read once, links to folders being
+    followed after all else (ImageNet is often a tree of links); other links to it are passed over."""
+    found: dict[str, str | None] = {}
+    folders, links, seen = [("", os.path.realpath(root), False)], [], set()
+    while folders or links:
+        if not folders:
+            links.sort(reverse=True)
+        below, real, hidden = (folders or links).pop()
+        if real in seen:
+            found[below.rstrip("/")] = "a link to a folder that is read already"
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(real) as entries:
+                entries = list(entries)
+        except OSError as error:
+            if not hidden:
+                raise _unreadable(root / below, error) from error
+            found[below.rstrip("/")] = HIDDEN
+            continue
+        for entry in entries:
+            name, entry_hidden = below + entry.name, hidden or is_hidden(entry.name)
+            kind, target = _kind_of(entry, root / name, real, entry_hidden)
+            if kind == "folder":
+                folders.append((f"{name}/", target, entry_hidden))
+            elif kind == "link":
+                links.append((f"{name}/", target, entry_hidden))
+            else:
+                found[name] = kind or (HIDDEN if entry_hidden else None)
+    return found
+
+
+def _kind_of(entry: os.DirEntry, place: Path, real: str, hidden: bool) -> tuple[str | None, str]:
+    """Whether an entry of folder `real` is a "folder" or a "link" to one, and then the folder's real path; else None
+    for a file, or why it is passed over. Raises `UserError` if the system does not say, for what is not hidden."""
+    target = os.path.join(real, entry.name)  # noqa: PTH118 - names of millions of files
+    try:
+        if not entry.is_symlink():
+            return ("folder" if entry.is_dir() else None), target
+        if hidden:
+            return HIDDEN, target
+        if not entry.is_dir():
+            entry.stat()
+            return None, target
+    except FileNotFoundError:
+        if not place.suffix and not hidden:  # most likely a class
+            raise UserError(f"{place} is a link to nothing: mend it, or remove it") from None
+        return None, target
+    except OSError as error:
+        if not hidden and error.errno != errno.ELOOP:
+            raise _unreadable(place, error) from error
+        return "a link to itself" if error.errno == errno.ELOOP else HIDDEN, target
+    target = os.path.realpath(target)
+    if os.path.commonpath([target, real]) == target:
+        return "a link to a folder that it lies in", target
+    return "link", target
+
+
+def _unreadable(place: Path, error: OSError) -> UnreadableFolder:
+    return UnreadableFolder(f"{place} cannot be read ({error.strerror or error}): make it readable, or take it away")
 
 
 def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
@@ -112,9 +261,11 @@ def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
     default the numbers. Raises `UserError` for anything else.
     """
     place = store.path / LABELS
+    if not store.has(LABELS):
+        raise UserError(f"{place} is missing: {_remedy_of_missing_labels(store)}")
     try:
         content = json.loads(store.read(LABELS))
-        label_of = {str(name): label for name, label in content["labels"]}
+        label_of = {_listed_name(store, str(name)): label for name, label in content["labels"]}
         class_names = content.get("class_names")
         if len(label_of) != len(content["labels"]):
             raise ValueError("a file that is listed twice")
@@ -132,6 +283,20 @@ def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
     if max(label_of.values(), default=-1) >= len(class_names):
         raise UserError(f"{place}: label {max(label_of.values())}, but only {len(class_names)} class_names")
     return label_of, [str(name) for name in class_names]
+
+
+def _listed_name(store: FileStore, name: str) -> str:
+    """A name that `dataset.json` lists, with forward slashes if it was written on Windows."""
+    return plain_name(name) if "\\" in name and not store.has(name) else name
+
+
+def _remedy_of_missing_labels(store: FileStore) -> str:
+    if store.path.is_dir():
+        inner = next((place.parent for place in sorted(store.path.glob(f"*/{LABELS}"))), None)
+        return f"give {inner}" if inner else "give the folder that holds it beside the files it lists"
+    inner = next((name for name in store.names() if name.endswith(f"/{LABELS}")), None)
+    where = f"give its folder {inner.removesuffix(LABELS)}" if inner else "give the folder that holds it"
+    return f"unpack the zip and {where}, or make a zip with {LABELS} at its top"
 
 
 def load_npy(source: Path | io.BytesIO, remedy: str, place: Path | None = None) -> np.ndarray:
@@ -154,32 +319,41 @@ def pairing_name(name: str) -> str:
     return splitext(name)[0].replace("img-mean-std-", "img")
 
 
+def image_folder(latents: Iterable[str], images: Iterable[str]) -> str:
+    """The folder, such as `images/`, below which images have the names of their latents; `""` if they have them as they
+    are, or not at all. Zips often have one folder at their top."""
+    wanted = min(map(pairing_name, latents))
+    first = min(map(pairing_name, images), default="")
+    return first.removesuffix(wanted) if first.endswith(f"/{wanted}") else ""
+
+
 def read_image(store: FileStore, name: str) -> np.ndarray:
-    """The image `name` of a store as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor greyscale."""
+    """The image `name` of a store, upright, as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor
+    greyscale."""
     from PIL import Image, UnidentifiedImageError
 
     content, place = store.read(name), store.path / name
     try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-            if image.mode not in ("RGB", "L"):
-                raise UserError(f"{place} is in mode {image.mode}, expected RGB: run dataset_tools convert first")
-            return np.array(image.convert("RGB"))
-    except UserError:
-        raise
+        image, kind = read_rgb(content)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{place} cannot be read as an image ({reason}): replace or remove it") from error
+    mode = kind.split()[0]
+    if mode not in ("RGB", "L"):
+        raise UserError(f"{place} is in mode {mode}, expected RGB: run dataset_tools convert first")
+    return np.array(image)
 
 
 class FileLatents:
     """Latents in the layout of the official release and of REPA's tool: one `.npy` an image, in a folder or zip.
 
-    Each file holds moments (2C, h, w); `dataset.json` lists every file with its label, and only what it lists counts.
-    Files are not looked for: a missing one is reported when it is read, or by `dataset_tools verify`. Attributes and
-    methods are those of `dataset.PackedLatents`, without flips; samples are sorted by name. `images` is the folder or
-    zip of the images, if there is one: each of the name of its latents, see `pairing_name`, and all of one format.
+    Each file holds moments (8, h, w) of the SD-VAE; `dataset.json` lists every file with its label, and only what it
+    lists counts. Files are not looked for: a missing one is reported when it is read, or by `dataset_tools verify`.
+    Attributes and methods are those of `dataset.PackedLatents`, without flips; samples are sorted by name. `images` is
+    the folder or zip of the images, if there is one: each of the name of its latents, see `pairing_name`, and all of
+    one format.
 
-    Raises `UserError` if `dataset.json` is missing or not of this form, or the first file is no moments.
+    Raises `UserError` if `dataset.json` is missing or not of this form, or the first file holds no moments.
     """
 
     has_flips = False
@@ -199,11 +373,13 @@ class FileLatents:
             raise UserError(f"{self.path / LABELS} lists {found}, expected .npy files of moments: encode images first")
         first = self._load(self.names[0])
         self.latent_shape, self.dtype = first.shape, first.dtype
-        if len(first.shape) != 3 or len(first) % 2 or first.dtype.kind != "f":
+        if len(first.shape) != 3 or len(first) != SD_CHANNELS or first.dtype.kind != "f":
+            drawn = " (latents already drawn?)" if len(first.shape) == 3 and len(first) == SD_CHANNELS // 2 else ""
             raise UserError(
-                f"{self.path / self.names[0]} holds {first.shape} {first.dtype}, expected moments (2C, h, w), mean and "
-                "std stacked: encode again"
+                f"{self.path / self.names[0]} holds {first.shape} {first.dtype}{drawn}, expected moments "
+                f"({SD_CHANNELS}, h, w) of the SD-VAE, mean and std stacked: encode the images again"
             )
+        self.read(0)
         listed = json.dumps([self.names, self.labels.tolist()]).encode()
         self.manifest = {
             "format": "files",
@@ -235,12 +411,18 @@ class FileLatents:
         return load_npy(content, "copy it again or encode it again", self.path / name)
 
     def read(self, index: int) -> np.ndarray:
-        """Moments (2C, h, w) of one sample; `UserError` names a file that is missing, damaged or unlike the first."""
+        """Moments (8, h, w) of one sample; `UserError` names a file that is missing, damaged, unlike the first, or
+        without a std."""
         moments = self._load(self.names[index])
         if moments.shape != self.latent_shape or moments.dtype != self.dtype:
             raise UserError(
                 f"{self.path / self.names[index]} holds {moments.shape} {moments.dtype}, but {self.names[0]} "
                 f"{self.latent_shape} {self.dtype}: bring all to one size and type"
+            )
+        if (moments[SD_CHANNELS // 2 :] < 0).any():
+            raise UserError(
+                f"{self.path / self.names[index]} has a negative std in its last {SD_CHANNELS // 2} channels, expected "
+                f"moments ({SD_CHANNELS}, h, w) of the SD-VAE, mean and std stacked: encode the images again"
             )
         return moments
 
@@ -251,12 +433,15 @@ class FileLatents:
         return np.stack([self.read(index) for index in indices]), self.labels[indices]
 
     @cached_property
-    def _image_suffix(self) -> str:
-        """Of all images: that of the first."""
-        stem = pairing_name(self.names[0])
-        for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
+    def _image_form(self) -> tuple[str, str]:
+        """What stands before and after the names of all images: what does with the first."""
+        stem, suffixes = pairing_name(self.names[0]), (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
+        for suffix in suffixes:
             if self.images.has(stem + suffix):
-                return suffix
+                return "", suffix
+        images = [name for name in self.images.names() if name.endswith(suffixes)]
+        if folder := image_folder(self.names, images):
+            return folder, next(suffix for suffix in suffixes if self.images.has(folder + stem + suffix))
         raise UserError(
             f"{self.images.path} has no image {stem}, which {self.path / self.names[0]} is of: bring images and "
             "latents to the same names"
@@ -266,9 +451,9 @@ class FileLatents:
         """Pixels (B, H, W, 3) uint8 of samples `indices` (B,); `UserError` if one is missing, or of another size."""
         if self.images is None:
             raise UserError(f"{self.path} has no images beside it: expected a folder images, or images.zip")
-        side, images = self.manifest["resolution"], []
+        side, images, (folder, suffix) = self.manifest["resolution"], [], self._image_form
         for index in indices:
-            name = pairing_name(self.names[index]) + self._image_suffix
+            name = folder + pairing_name(self.names[index]) + suffix
             images.append(read_image(self.images, name))
             if images[-1].shape != (side, side, 3):
                 height, width = images[-1].shape[:2]

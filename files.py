@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -13,15 +14,17 @@ from typing import TextIO
 from errors import UserError
 
 PATIENCE = 3.0  # seconds
+REPOSITORY = Path(__file__).resolve().parent
 
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Gives a place beside `path` to write to; renamed to `path` at the end, removed if the writing failed.
 
-    Raises `OSError`, which names the file even where the system does not, as on a full disk.
+    If `path` is a link, the file that it names is written, and the link stays. Raises `OSError`, which names the file
+    even where the system does not, as on a full disk.
     """
-    path = Path(path)
+    path = real_place(path)
     aside = path.with_name(f".{path.name}.part")
     try:
         with naming(path):
@@ -41,10 +44,30 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def real_place(path: str | Path) -> Path:
+    """`path`, or if it is a link what it names, there or not yet there; a rename would replace the link itself.
+
+    Raises `UserError` for a link to a place in a folder that is not there, such as a disk that is not mounted.
+    """
+    path = Path(path)
+    if not path.is_symlink():
+        return path
+    real = Path(os.path.realpath(path))
+    if real.is_symlink() or not real.parent.is_dir():
+        target = "itself" if real.is_symlink() else f"{real.parent}, which is not there"
+        raise UserError(f"{path} is a link to {target}: mend the link, or give another place")
+    return real
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole text file, aside first."""
+    """Write a whole text file, aside first; what is no UTF-8 in file names is written with backslashes."""
     with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def json_bytes(content: object, indent: int | None = None) -> bytes:
+    """JSON in UTF-8. Bytes of file names that are no UTF-8 become escapes, which any reader of JSON undoes."""
+    return json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -56,16 +79,32 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def portable(path: str | Path, parts: int = 1) -> str:
+    """A path as a record that travels tells it: relative to the repository, else, outside it, its last `parts`.
+
+    Relative paths that stay below the working folder are as they are; what lies where on a machine stays there.
+    """
+    place = Path(path)
+    if not place.is_absolute() and place.parts[:1] not in (("..",), ("~",)):
+        return str(path)
+    if place.is_relative_to(REPOSITORY):
+        return place.relative_to(REPOSITORY).as_posix()
+    return Path(*[part for part in place.parts if part != place.anchor][-parts:]).as_posix()
+
+
 @contextmanager
 def only_writer(dest: str | Path, flag: str = "--dest") -> Iterator[None]:
     """While inside, no other process may write `dest` (file or folder, there or not yet there; what `flag` names).
 
-    The lock is a file beside `dest` that the system frees when the process and its workers end, however they end. As
-    workers outlive a killed process for a moment, it is waited for a little. Raises `UserError` if another process
-    keeps it, or if the folder of `dest` cannot be written.
+    The lock is a file beside `dest`, or inside a folder that is there if its parent cannot be written (a mount in a
+    container), that the system frees when the process and its workers end, however they end. As workers outlive a
+    killed process for a moment, it is waited for a little. Raises `UserError` if another process keeps it, or if the
+    folder of `dest` cannot be written.
     """
+    real_place(dest)  # says what is wrong with a link
     dest = Path(dest).resolve()  # one lock, by whichever link it is reached
-    place = dest.with_name(f".{dest.name}.lock")
+    inside = dest.is_dir() and not os.access(dest.parent, os.W_OK)
+    place = (dest / dest.name if inside else dest).with_name(f".{dest.name}.lock")
     deadline = time.monotonic() + PATIENCE
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)

@@ -23,13 +23,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import samplers
-from errors import UserError, exits_on_user_error
+from errors import UserError, exits_on_user_error, memory_told, spared_by
 from files import only_writer, write_text
 from flags import PRECISIONS
-from generation.labels import choose_labels
+from generation.labels import choose_labels, empty_classes
 from generation.options import (
     Settings,
     build_parser,
@@ -37,14 +36,23 @@ from generation.options import (
     parse_options,
     read_checkpoint,
     settings_of,
+    tell_of_launcher,
 )
 from generation.pictures import save_grid, save_pngs
 from generation.record import describe_machine, describe_sources, read_record, require_same
 from generation.sample_file import SampleFile
 from models import DeepFlow, checkpoints
 from models.precision import cast_products
-from models.vae import SD_VAE, decode, load_vae, weights_sha256
-from processes import join_processes, reported_by_any_process
+from models.vae import (
+    SD_VAE,
+    check_channels,
+    decode,
+    load_recorded_vae,
+    load_vae,
+    portable_name,
+    weights_sha256,
+)
+from processes import join_processes, progress_bar, reported_by_any_process, require_compiler
 
 __all__ = ["LabeledImages", "Settings", "build_parser", "choose_labels", "generate", "generate_images", "parse_options"]
 
@@ -185,7 +193,10 @@ def load_matching_vae(options: argparse.Namespace, metadata: dict[str, Any], dev
         UserError: if it cannot be had, or has other weights or another scale than the checkpoint was trained with.
     """
     name = options.vae or metadata.get("vae", "ema")
-    vae = load_vae(VAES.get(name, name), device)
+    if options.vae:
+        vae = load_vae(VAES.get(name, name), device)
+    else:
+        vae = load_recorded_vae(VAES.get(name, name), metadata.get("vae_sha256"), device, "--vae")
     checksum = weights_sha256(vae)
     if metadata.get("vae_sha256") not in (None, checksum):
         raise UserError(f"VAE {name} is not the one {options.ckpt} was trained with: give that one with --vae")
@@ -222,6 +233,7 @@ def read_guide(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint) 
     return guide
 
 
+@memory_told("lower --per-proc-batch-size, give --precision bf16, or free memory; the same command continues")
 def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] | None = None) -> Path:
     """Make the samples that `options` (of `parse_options`) describe, alone or as one of several processes.
 
@@ -244,12 +256,17 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
     device, count = process.device, options.num_fid_samples
     if settings.precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU and this run is on the CPU: choose bf16 or no")
+    tell_of_launcher(settings.precision)
+    if options.compile:
+        require_compiler(device)
     block_size = images_per_block(config, device.type)
     in_blocks = math.ceil(count / block_size) * block_size
     labels = choose_labels(
         options.classes, in_blocks, config["num_classes"], metadata.get("class_counts"), settings.seed
     )
+    empty = empty_classes(metadata.get("class_counts"))
     vae, vae_sha256 = load_matching_vae(options, metadata, device)
+    check_channels(vae, config["in_channels"], f"the network of {options.ckpt}")
     side = config["input_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
     if options.resolution not in (None, side):
         raise UserError(
@@ -259,9 +276,10 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
         **describe_sources(options, checkpoint, guide_checkpoint),
         "settings": settings._asdict(),
         "classes": options.classes,
+        **({"empty_classes": empty} if empty and options.classes in ("random", "balanced") else {}),
         "images": count,
         "resolution": side,
-        "vae": vae.config._name_or_path,
+        "vae": portable_name(str(vae.config._name_or_path)),
         "vae_sha256": vae_sha256,
         **describe_machine(options, device),
         "block_size": block_size,
@@ -312,7 +330,8 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
     samples.use_finished()
     grid = npz.with_suffix(".png")
     if process.is_main_process and options.grid and not (made and grid.exists()):
-        save_grid(samples.read, labels[:count], metadata.get("class_names", []), grid)
+        with spared_by(str(grid), passing=(OSError,)):
+            save_grid(samples.read, labels[:count], metadata.get("class_names") or [], grid)
     if options.png:
         save_pngs(samples, range(process.process_index, count, process.num_processes), npz.with_suffix(""))
         process.wait_for_everyone()
@@ -344,7 +363,7 @@ def prepare_network(model: DeepFlow, compiled: bool, precision: str) -> DeepFlow
 
 def write_batches(samples: SampleFile, batches: Iterator[LabeledImages], total: int, shows_progress: bool) -> None:
     """Write batches into the file of samples, each while the next is being made."""
-    with ThreadPoolExecutor(1) as writer, tqdm(total=total, unit="image", disable=not shows_progress) as bar:
+    with ThreadPoolExecutor(1) as writer, progress_bar(shows_progress, total=total, unit="image") as bar:
         writing = None
         for batch in batches:
             if writing:

@@ -1,14 +1,20 @@
 """The processes of a run, however they were started (alone, `accelerate launch`, `torchrun`), and their devices."""
 
 import os
+import re
+import shutil
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from tqdm import tqdm
 
 from errors import UserError
 
@@ -58,3 +64,68 @@ def usable_device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:  # unknown; known, but not in this build or machine
         raise UserError(f"--device {name}: not usable here; expected cpu, cuda or cuda:N") from error
     return name
+
+
+def progress_bar(shown: bool = True, **settings: object) -> tqdm:
+    """A `tqdm`, silent where it is not to be shown; else TQDM_DISABLE decides, which a value would override."""
+    return tqdm(**settings) if shown else tqdm(**settings, disable=True)
+
+
+def require_compiler(device: str | torch.device) -> None:
+    """Raise `UserError` unless `--compile` can work here: tried on a file of two lines, before any work.
+
+    On the CPU torch compiles C++, by $CXX or g++ (on macOS clang++); on a GPU Triton compiles C, by $CC, gcc or clang.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            name = torch.cuda.get_device_name(device)
+            raise UserError(f"--compile needs a GPU of compute capability 7.0 or more, unlike {name}: drop --compile")
+        language, variable, names = "c", "CC", ("gcc", "clang")
+    else:
+        language, variable, names = "c++", "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
+    given = os.environ.get(variable)
+    compiler = given or next((name for name in names if shutil.which(name)), names[0])
+    include = sysconfig.get_path("include")
+    command = [*compiler.split(), "-x", language, "-fsyntax-only", f"-I{include}", "-"]
+    source = "#include <Python.h>\n" + ("#include <cmath>\n" if language == "c++" else "#include <math.h>\n")
+    try:
+        subprocess.run(command, input=source, capture_output=True, text=True, check=True, timeout=120)
+        return
+    except OSError as error:
+        reason = f"{compiler}: {error.strerror}"
+    except (subprocess.SubprocessError, ValueError) as error:
+        said = (getattr(error, "stderr", None) or f"{compiler} fails").splitlines()
+        reason = next((line for line in said if "error" in line), said[0])
+    raise UserError(
+        f"--compile needs a working {language.upper()} compiler and Python's headers ({reason}): install them, name a "
+        f"compiler by {variable}, or drop --compile"
+    )
+
+
+def launcher_setting(name: str) -> str | None:
+    """What `accelerate launch` was told of a setting, such as `mixed_precision`; None if nothing.
+
+    Its environment tells, and its command line for what it passes on to DeepSpeed only.
+    """
+    value = os.environ.get(f"ACCELERATE_{name.upper()}")
+    return value if value is not None else _launcher_flag(name)
+
+
+def _launcher_flag(name: str) -> str | None:
+    """A flag of the `accelerate launch` that is this process's parent, as its command line says."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # no Linux, or no such process any more
+        return None
+    launch = next((i for i, word in enumerate(words) if re.search(r"(^|accelerate\S*)launch(\.py)?$", word)), None)
+    if launch is None or "accelerate" not in "".join(words[: launch + 1]):
+        return None
+    value, rest = None, iter(words[launch + 1 :])
+    for word in rest:
+        if word.endswith(".py") or word in ("-m", "--module"):  # what follows are the program's own flags
+            break
+        flag, equals, after = word.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+            value = after if equals else next(rest, None)
+    return value

@@ -6,7 +6,7 @@
 The same command resumes an interrupted run from its newest checkpoint. One counter, optimizer steps, is behind
 everything: data order, noise and times are functions of (seed, step), whatever the number of processes. So a checkpoint
 needs no random state, and a resumed run repeats the uninterrupted one, on the CPU bit for bit. SIGTERM or SIGUSR1
-finishes the step, saves, and exits with code 143.
+finishes the step, saves, and exits with code 143; so does SIGHUP, unless it is ignored (nohup).
 
     RUN/options.json      options as resolved, architecture, code commit, versions
     RUN/metrics.jsonl     averages over --log-every steps and all processes
@@ -28,12 +28,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from dataset import DataOrder, DeviceLatents, latent_batches
-from errors import UserError, exits_on_user_error
+from errors import UserError, exits_on_user_error, memory_told
 from files import only_writer
-from processes import join_processes
+from processes import join_processes, progress_bar
 from training import checkpointing, guard, logging
 from training.build import build_loss, build_loss_scale, build_models, load_encoders, load_previews
 from training.optimizer import schedule
@@ -49,6 +48,7 @@ class NonFiniteLoss(ArithmeticError):
     """A loss or gradient is infinite or NaN; the step it belongs to was not applied."""
 
 
+@memory_told(guard.LESS_MEMORY)
 def train(options: argparse.Namespace) -> bool:
     """Run the training that `options` (of `parse_options`) describe; False if a signal stopped it before its end.
 
@@ -97,11 +97,9 @@ def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -
 
     # ---- 3. Data, and what a step does with it ---------------------------------------------------------------------
     source = DeviceLatents(plan.data, device) if options.data_on_device else plan.data
-    order, accumulation = (
-        DataOrder(len(plan.data), options.batch_size, options.seed),
-        options.gradient_accumulation_steps,
-    )
+    order = DataOrder(len(plan.data), options.batch_size, options.seed)
     reading = dict(with_images=bool(encoders), features=plan.features)
+    accumulation = options.gradient_accumulation_steps
     batches = latent_batches(source, order, step, rank, world, options.num_workers, accumulation, **reading)
     training_step = TrainingStep(
         models.network,
@@ -110,7 +108,7 @@ def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -
         batches,
         batch_size=options.batch_size,
         scaling_factor=plan.data.scaling_factor,
-        accumulation=options.gradient_accumulation_steps,
+        accumulation=accumulation,
         seed=options.seed,
         max_grad_norm=options.max_grad_norm,
         precision=options.mixed_precision,
@@ -122,7 +120,7 @@ def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -
     )
 
     # ---- 4. The loop -----------------------------------------------------------------------------------------------
-    with attention_kernels(options), tqdm(total=plan.total_steps, initial=step, disable=rank != 0) as recorder.bar:
+    with attention_kernels(options), progress_bar(rank == 0, total=plan.total_steps, initial=step) as recorder.bar:
         step = run_steps(step, stop, training_step, recorder)
 
     # ---- 5. The end ------------------------------------------------------------------------------------------------

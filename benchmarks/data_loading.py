@@ -68,7 +68,7 @@ def write_files(folder: Path, samples: int) -> None:
         name = f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
         if index % 1000 == 0:
             (folder / name).parent.mkdir(parents=True)
-        np.save(folder / name, rng.standard_normal(SHAPE, dtype=np.float32))
+        np.save(folder / name, np.abs(rng.standard_normal(SHAPE, dtype=np.float32)))  # no std is negative
         labels.append([name, index % 1000])
     (folder / LABELS).write_text(json.dumps({"labels": labels}))
 

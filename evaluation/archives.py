@@ -1,24 +1,76 @@
-"""Batches of images out of an `.npz` (ADM's format: `arr_0`, uint8 NHWC) without holding it in memory."""
+"""Batches of images without holding all of them in memory: out of an `.npz` (ADM's format: `arr_0`, uint8 NHWC), an
+`.npy` or a folder of image files."""
 
 import functools
+import hashlib
 import math
 import zipfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, first_line
+from file_layout import FileStore
 from files import file_sha256
+from image_files import IMAGE_SUFFIXES, read_rgb, upright_size
 
 IMAGES = "arr_0.npy"
 # What reading a damaged archive raises: bad structure or checksum, bad deflate data, early end, bad header.
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)
 
 
-class ImageArchive:
+class ImageSource:
+    """Images of one size, read batch by batch.
+
+    Attributes:
+        path: the file or folder.
+        shape: (N, H, W, 3), or None for a reference that holds statistics alone.
+        statistics: what is stored beside the images of ADM's `mu`, `sigma`, `mu_s`, `sigma_s`, float64.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int] | None
+    statistics: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels, None without images."""
+        return self.shape[1:3] if self.shape else None
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file, computed once: it may hold gigabytes."""
+        return file_sha256(self.path)
+
+    def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
+        """Yield every `step`-th batch from number `first` on, in order, uint8 (n, H, W, 3).
+
+        n is batch_size but for the very last batch.
+        """
+        for start in range(first * batch_size, len(self), step * batch_size):
+            yield self._read(start, min(start + batch_size, len(self)))
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        raise NotImplementedError
+
+
+def open_images(path: str | Path) -> ImageSource:
+    """The images at a path: a folder, an `.npy`, or else an `.npz`. Raises `UserError` if there are none to be used."""
+    path = Path(path)
+    if path.is_dir():
+        return ImageFolder(path)
+    return ImageArray(path) if path.suffix.lower() == ".npy" else ImageArchive(path)
+
+
+class ImageArchive(ImageSource):
     """The images of an `.npz`, and the reference statistics that ADM stores beside them.
 
     Opening reads headers only; `batches` streams. Nothing is unpickled.
@@ -55,31 +107,15 @@ class ImageArchive:
             if (mean in self.statistics) != (covariance in self.statistics):
                 raise UserError(f"{self.path}: has only one of {mean} and {covariance}; expected both or neither")
         if self.shape is None and not {"mu", "sigma"} <= self.statistics.keys():
-            found = ", ".join(Path(member).stem for member in members) or "nothing"
+            found = ", ".join(Path(member).stem for member in members[:5]) or "nothing"
+            found += f" and {len(members) - 5} more" if len(members) > 5 else ""
             raise UserError(
                 f"{self.path}: holds no images: expected arr_0 (uint8, N x H x W x 3), found {found}; "
                 "save the images with np.savez(file, arr_0=images)"
             )
 
-    def __len__(self) -> int:
-        return self.shape[0] if self.shape else 0
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels, None without images."""
-        return self.shape[1:3] if self.shape else None
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """SHA-256 of the file, computed once: it may hold gigabytes."""
-        return file_sha256(self.path)
-
     def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
-        """Yield every `step`-th batch from number `first` on, in file order, uint8 (n, H, W, 3).
-
-        n is batch_size but for the very last batch. The whole file is read whatever is yielded, so that its checksum
-        is verified.
-        """
+        """Batches as of any source. The whole file is read whatever is yielded, so that its checksum is verified."""
         image_bytes = math.prod(self.shape[1:])
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(IMAGES) as stream:
@@ -108,6 +144,102 @@ class ImageArchive:
 
     def _damaged(self, error: Exception) -> str:
         return f"{self.path}: not a complete .npz ({str(error) or type(error).__name__}); write or copy it again"
+
+
+class ImageArray(ImageSource):
+    """The images of an `.npy`, uint8 (N, H, W, 3), memory-mapped.
+
+    Raises `UserError` when the file is missing, damaged, or holds anything else.
+    """
+
+    statistics: dict[str, np.ndarray] = {}  # noqa: RUF012 - it stores none
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such file; expected an .npy of images")
+        try:
+            self._images = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (*DAMAGE, OSError) as error:
+            raise UserError(
+                f"{self.path}: not a complete .npy ({first_line(error)}); write or copy it again"
+            ) from error
+        if not isinstance(self._images, np.ndarray):
+            raise UserError(f"{self.path}: holds several arrays; name it .npz")
+        self.shape = self._images.shape
+        contiguous = self._images.flags.c_contiguous
+        if self._images.dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape:
+            raise UserError(
+                f"{self.path}: {self._images.dtype} of shape {self.shape}; "
+                "expected uint8 of shape (N, H, W, 3), values 0..255"
+            )
+        if not contiguous:
+            raise UserError(f"{self.path}: in Fortran order; expected C order: write np.ascontiguousarray(images)")
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        return np.array(self._images[start:stop])
+
+
+class ImageFolder(ImageSource):
+    """The image files of a folder and the folders in it, sorted by path, all of one size, decoded by `read_rgb`.
+
+    Opening reads the headers of all. Hidden and system files and folders are passed over, and so is what has no
+    image's suffix.
+
+    Raises `UserError` for a folder that cannot be read or has no image, for sizes that differ, and, here or in
+    `batches`, for an image that cannot be read.
+    """
+
+    statistics: dict[str, np.ndarray] = {}  # noqa: RUF012 - it stores none
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._names = sorted(name for name in FileStore(path).names() if name.lower().endswith(IMAGE_SUFFIXES))
+        if not self._names:
+            raise UserError(f"{self.path}: no images in this folder; expected {', '.join(IMAGE_SUFFIXES)} files")
+        with ThreadPoolExecutor() as threads:
+            sizes = list(threads.map(self._size_of, self._names))
+        other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+        if other is not None:
+            one, two = (f"{self._names[i]} is {sizes[i][1]} x {sizes[i][0]} pixels" for i in (0, other))
+            raise UserError(
+                f"{self.path}: images of different sizes: {one}, {two}; bring all to one size, for example with "
+                "dataset_tools convert"
+            )
+        self.shape = (len(self._names), *sizes[0], 3)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the checksums of all files, in order."""
+        with ThreadPoolExecutor() as threads:
+            sums = threads.map(lambda name: file_sha256(self.path / name), self._names)
+            return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        with ThreadPoolExecutor() as threads:
+            return np.stack(list(threads.map(self._read_image, self._names[start:stop])))
+
+    def _size_of(self, name: str) -> tuple[int, int]:
+        """(height, width) of an image that is upright, by its header."""
+        with self._reading(name) as path:
+            return upright_size(path)
+
+    def _read_image(self, name: str) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        with self._reading(name) as path:
+            return np.array(read_rgb(path.read_bytes())[0])
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        """Around the reading of one image: whatever its decoder raises becomes a `UserError` that names it."""
+        path = self.path / name
+        try:
+            yield path
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = "no known format" if type(error).__name__ == "UnidentifiedImageError" else first_line(error)
+            raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

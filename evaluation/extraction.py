@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from tqdm import tqdm
 
 from errors import UserError
-from evaluation.archives import DAMAGE, ImageArchive
+from evaluation.archives import DAMAGE, ImageSource
 from evaluation.features import SPATIAL_DIMENSION, Extractor, Features
 from evaluation.statistics import FeatureStatistics
 from files import written_aside
+from processes import progress_bar
 
-Images = ImageArchive | np.ndarray
+Images = ImageSource | np.ndarray
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean (D,), covariance (D, D), float64
 CACHE_FORMAT = 1  # raise it when an extractor's features change: what was kept is then computed again
 
@@ -43,13 +43,13 @@ def extract(
     """Features of images, with the statistics stored in their archive in place of computed ones.
 
     Args:
-        images: uint8 (N, H, W, 3), an array or an opened archive.
+        images: uint8 (N, H, W, 3), an array or an opened archive or folder.
         extractor: from `load_extractor`.
         batch_size: images per forward pass.
         label: names the progress bar; None shows none.
         process: of several processes, all of which must call this; each takes every n-th batch. The features are
             those of one process with the same batch size, bit for bit on the same kind of device.
-        cache: folder where an archive's features are kept, by the SHA-256 of the file and of the network's weights.
+        cache: folder where a source's features are kept, by the SHA-256 of its files and of the network's weights.
             A damaged file in it is made again.
 
     Memory: pool features and logits are kept (0.6 GB for 50,000 images with Inception); of the spatial features only
@@ -59,7 +59,7 @@ def extract(
     """
     main = process is None or process.is_main_process
     place = found = None
-    if cache is not None and isinstance(images, ImageArchive) and len(images):
+    if cache is not None and isinstance(images, ImageSource) and len(images):
         weights = extractor.weights_sha256[:16]
         if main:
             place = Path(cache) / f"{images.sha256}-{extractor.name}-{weights}-v{CACHE_FORMAT}.npz"
@@ -76,7 +76,7 @@ def extract(
 
 def stored_statistics(images: Images, extractor: Extractor) -> dict[str, np.ndarray]:
     """An archive's own statistics: they are Inception's, and mean nothing to another extractor."""
-    return images.statistics if isinstance(images, ImageArchive) and extractor.name == "inception" else {}
+    return images.statistics if isinstance(images, ImageSource) and extractor.name == "inception" else {}
 
 
 def check_images(reference: Images | FeatureSet, samples: Images, extractor: Extractor) -> None:
@@ -144,7 +144,7 @@ def _run(
     spatial_statistics = FeatureStatistics(SPATIAL_DIMENSION)
     pool = logits = None
     done = 0
-    with tqdm(total=len(images), desc=label, unit="img", disable=label is None) as bar:
+    with progress_bar(label is not None, total=len(images), desc=label, unit="img") as bar:
         for features in _in_order(images, extractor, batch_size, process):
             bar.update(len(features.pool))
             if not main:
@@ -200,7 +200,7 @@ def _in_order(
 def _batches(images: Images, batch_size: int, first: int, step: int) -> Iterator[np.ndarray]:
     if len(images) == 0:
         return iter(())
-    if isinstance(images, ImageArchive):
+    if isinstance(images, ImageSource):
         return images.batches(batch_size, first, step)
     return (images[start : start + batch_size] for start in range(first * batch_size, len(images), step * batch_size))
 

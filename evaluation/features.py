@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -210,7 +211,8 @@ def _download_inception() -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256)
+        shown = not os.environ.get("TQDM_DISABLE")  # which an explicit value would override
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256, progress=shown)
     except (OSError, RuntimeError) as error:  # no network, no space; or a wrong hash
         raise UserError(
             f"Inception weights: not at {path} and {URL_INCEPTION_V3} cannot be had ({error}); "

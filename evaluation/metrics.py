@@ -10,6 +10,7 @@ from tqdm import tqdm
 from evaluation.extraction import FeatureSet, Images, check_images, extract
 from evaluation.features import Extractor
 from evaluation.statistics import frechet_distance
+from processes import progress_bar
 
 
 def evaluate(
@@ -105,7 +106,7 @@ def precision_recall(
     centre = reference.mean(axis=0, dtype=np.float64)  # distances lose fewer digits near the origin
     ref, gen = (torch.from_numpy(features - centre).to(device) for features in (reference, samples))
     pairs = len(ref) * (len(ref) + block) // 2 + len(gen) * (len(gen) + block) // 2 + len(ref) * len(gen)
-    with tqdm(total=pairs, desc="precision, recall", unit="pair", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(progress, total=pairs, desc="precision, recall", unit="pair", unit_scale=True) as bar:
         ref_radii, gen_radii = _squared_radii(ref, k, block, bar), _squared_radii(gen, k, block, bar)
         ref_covered, gen_covered = (torch.zeros(len(x), dtype=torch.bool, device=device) for x in (ref, gen))
         for rows in _blocks(len(ref), block):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, tell
 
 
 def choose_labels(
@@ -14,7 +14,7 @@ def choose_labels(
 
     Args:
         classes: `random` (uniform), `data` (random, as frequent as in the training data), `balanced` (one class after
-            the other), or a list of ids to cycle through.
+            the other), or a list of ids to cycle through. Without a list, classes without training images are left out.
         count: how many.
         num_classes: the ids are 0 to num_classes - 1.
         class_counts: images of each class in the training data, if known.
@@ -23,20 +23,30 @@ def choose_labels(
     Raises:
         UserError: for a list with anything but class ids, and `data` where the counts are not known.
     """
+    counts = np.ones(num_classes) if class_counts is None else np.asarray(class_counts, dtype=np.float64)
+    present = np.flatnonzero(counts)
     if classes == "balanced":
-        return np.arange(count) % num_classes
+        return np.resize(present, count)
     if classes in ("random", "data"):
         if classes == "data" and class_counts is None:
             raise UserError("--classes data: the checkpoint does not tell how frequent its classes are; give random")
-        weights = np.ones(num_classes) if classes == "random" else np.asarray(class_counts, dtype=np.float64)
+        weights = (counts > 0).astype(np.float64) if classes == "random" else counts
         edges = np.cumsum(weights) / weights.sum()
         # A stream apart from the image's noise: the top word of the counter, which noise never reaches.
         keys = (np.array([seed, i], dtype=np.uint64) for i in range(count))  # from 2^63 on a list becomes floats
         streams = (np.random.Philox(key=key, counter=[0, 0, 0, 1]) for key in keys)
         uniforms = np.array([np.random.Generator(stream).random() for stream in streams])
-        return np.searchsorted(edges, uniforms, side="right").clip(max=num_classes - 1)
+        return np.searchsorted(edges, uniforms, side="right").clip(max=present[-1])
     words = classes.replace(",", " ").split()
     if not words or any(not word.isdecimal() or int(word) >= num_classes for word in words):
         ids = f"class ids in 0..{num_classes - 1} such as 0,{num_classes - 1}"
         raise UserError(f"--classes {classes!r}: give random, data, balanced, or {ids}")
-    return np.resize([int(word) for word in words], count)
+    ids = [int(word) for word in words]
+    if empty := sorted(set(ids) - set(present.tolist())):
+        tell(f"warning: --classes names {', '.join(map(str, empty))}, of which the training data had no image")
+    return np.resize(ids, count)
+
+
+def empty_classes(class_counts: Sequence[int] | None) -> list[int]:
+    """Classes without training images, as far as the counts are known."""
+    return [label for label, count in enumerate(class_counts or []) if not count]

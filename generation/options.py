@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import OneLineParser, UserError
+from errors import OneLineParser, UserError, tell
+from files import portable
 from flags import PRECISIONS, number, numbers
 from interpolant import PATHS
 from models import checkpoints
 from models.presets import NAME, model_config
+from processes import launcher_setting
 from samplers import DIFFUSION_FORMS, sde_schedule
 
 
@@ -107,14 +109,15 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read a command line (None: the process's own) for `generate.generate`.
 
-    The result has, besides the flags, `method` (of `Settings`) and `command`, the line as it was given.
+    The result has, besides the flags, `method` (of `Settings`) and `command`, the line as it was given but for
+    places on this machine.
 
     Raises:
         UserError: for an unknown flag, a value that is wrong by itself, or flags that contradict each other.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(arguments)
-    options.command = shlex.join(["generate.py", *map(str, arguments)])
+    options.command = shlex.join(["generate.py", *(portable_argument(str(word)) for word in arguments)])
     options.df_idxs = numbers(options.df_idxs, int, "--df-idxs")
     options.method = method_of(options)
     is_sde = options.method in ("sde", "sde-heun")
@@ -137,6 +140,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.name is not None and (options.name in ("", ".", "..") or set(options.name) & set("/\\")):
         raise UserError(f"--name {options.name!r}: give a name without folders; --sample-dir is the folder")
     return options
+
+
+def portable_argument(word: str) -> str:
+    """A word of a command line, with the absolute path that it is, or ends in after `=`, made portable."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + (portable(value, 2) if Path(value).is_absolute() else value)
+
+
+def tell_of_launcher(precision: str) -> None:
+    """One line if `accelerate launch` was told of another precision, which does not change images unasked."""
+    launcher = launcher_setting("mixed_precision") or "no"
+    if launcher not in ("no", precision):
+        tell(f"note: accelerate launch says mixed_precision {launcher}, but --precision {precision} counts here")
 
 
 def method_of(options: argparse.Namespace) -> str:

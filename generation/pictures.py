@@ -28,12 +28,21 @@ def save_grid(
     picture = Image.new("RGB", (text_width + side * max(map(len, rows)), side * len(rows)), "white")
     draw = ImageDraw.Draw(picture)
     for row, (label, members) in enumerate(zip(classes, rows, strict=True)):
-        name = names[label] if label < len(names) else f"class {label}"
-        draw.text((6, row * side + side // 2), name, fill="black", anchor="lm")
+        name = str(names[label]) if label < len(names) else f"class {label}"
+        write_name(draw, (6, row * side + side // 2), name)
         for column, i in enumerate(members):
             picture.paste(Image.fromarray(read(int(i))), (text_width + column * side, row * side))
     with written_aside(png) as aside:
         picture.save(aside, format="png")
+
+
+def write_name(draw: ImageDraw.ImageDraw, place: tuple[int, int], name: str) -> None:
+    """One line of text, its left middle at `place`; letters that the font cannot take, or no font has, are `?`."""
+    line = " ".join(name.split())
+    try:
+        draw.text(place, line, fill="black", anchor="lm")
+    except ValueError:  # half a character, or a Pillow without FreeType, whose one font is Latin-1
+        draw.text(place, line.encode("ascii", "replace").decode(), fill="black")
 
 
 def save_pngs(samples: SampleFile, indices: Sequence[int], folder: Path) -> None:

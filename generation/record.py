@@ -9,25 +9,30 @@ import numpy as np
 import torch
 
 from errors import UserError
-from files import file_sha256
+from files import file_sha256, portable
 from models import checkpoints
+from models.vae import portable_name
 
-CIRCUMSTANCES = ("checkpoint", "autoguidance", "vae", "command", "device")  # told in the record, but free to differ
+# Told in the record, but free to differ; the checkpoint's checksum is that of its metadata too.
+CIRCUMSTANCES = ("checkpoint", "checkpoint_metadata", "autoguidance", "vae", "command", "device")
 
 
 def describe_sources(
     options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, guide: checkpoints.Checkpoint | None
 ) -> dict[str, Any]:
-    """The networks' part of the record."""
+    """The networks' part of the record, which names no place on this machine: checksums tell files apart."""
+    metadata = checkpoint.metadata
+    if isinstance(metadata.get("vae"), str):
+        metadata = {**metadata, "vae": portable_name(metadata["vae"])}
     sources = {
-        "checkpoint": str(options.ckpt),
+        "checkpoint": portable(options.ckpt, 2),
         "checkpoint_sha256": file_sha256(checkpoints.file_of(options.ckpt)),
-        "checkpoint_metadata": checkpoint.metadata,
+        "checkpoint_metadata": metadata,
         "architecture": checkpoint.config,
     }
     if guide is not None:
         sources |= {
-            "autoguidance": str(options.autoguidance_ckpt),
+            "autoguidance": portable(options.autoguidance_ckpt, 2),
             "autoguidance_sha256": file_sha256(checkpoints.file_of(options.autoguidance_ckpt)),
             "autoguidance_architecture": guide.config,
         }

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
-from files import written_aside
+from files import real_place, written_aside
 
 READ_AT_ONCE = 1 << 24  # bytes
 
@@ -38,8 +38,8 @@ class SampleFile:
     """
 
     def __init__(self, npz: Path, shape: Sequence[int], block_size: int) -> None:
-        self.npz, self.shape = npz, tuple(shape)
-        self.part, self.progress = npz.with_name(f"{npz.name}.part"), npz.with_name(f"{npz.name}.progress")
+        self.npz, self.shape = real_place(npz), tuple(shape)
+        self.part, self.progress = (self.npz.with_name(f"{self.npz.name}.{end}") for end in ("part", "progress"))
         self.block_size, self.blocks = block_size, math.ceil(shape[0] / block_size)
         self.image_bytes = math.prod(shape[1:])
         self.npy_header = npy_header(self.shape)

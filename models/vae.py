@@ -6,18 +6,25 @@ or from a dataset's manifest.
 """
 
 import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errors import UserError
+from errors import UserError, first_line
+from files import REPOSITORY, portable
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 PIXELS_AT_ONCE = 8 * 512 * 512  # decoding more needs tens of gigabytes with the SD-VAE
+OFF_CENTRE = ("shift_factor", "latents_mean", "latents_std")  # of an affine that more than scales
 
 
 def load_vae(
@@ -27,34 +34,153 @@ def load_vae(
 
     A folder holds `config.json` and `diffusion_pytorch_model.safetensors` (what `save_pretrained` writes). A
     hub name is looked up in the local cache first and downloaded only if it is not there. Only safetensors are
-    read: nothing in the files is executed. Raises `UserError` when it can be had neither way.
+    read: nothing in the files is executed. Raises `UserError` when it can be had neither way, when its weights are not
+    all those of its configuration and no others, and when its latents are more than scaled.
     """
-    from diffusers import AutoencoderKL  # a slow import, needed by no other part of the models
-
     source = str(name_or_path)
-    options = {"torch_dtype": dtype, "use_safetensors": True}
+    is_folder = Path(source).is_dir()
+    if not is_folder and _looks_local(source):
+        raise UserError(
+            f"no VAE folder at {source}: give a folder with config.json and "
+            f"diffusion_pytorch_model.safetensors, or a hub name such as {SD_VAE}"
+        )
     try:
-        if Path(source).is_dir():
-            vae = AutoencoderKL.from_pretrained(source, local_files_only=True, **options)
-        elif _looks_local(source):
-            raise UserError(
-                f"no VAE folder at {source}: give a folder with config.json and "
-                f"diffusion_pytorch_model.safetensors, or a hub name such as {SD_VAE}"
-            )
-        else:
-            try:
-                vae = AutoencoderKL.from_pretrained(source, local_files_only=True, **options)
-            except OSError:
-                vae = AutoencoderKL.from_pretrained(source, **options)
+        try:
+            vae, loading = _read(source, dtype, local_files_only=True)
+        except OSError:
+            if is_folder:
+                raise
+            vae, loading = _read(source, dtype, local_files_only=False)
     except UserError:
         raise
     except Exception as error:  # diffusers, safetensors and the hub client each raise their own kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error).split(" If you want to instead")[0]  # diffusers' advice is for programmers
         raise UserError(
             f"cannot load the VAE {source}: {reason} Give a local folder with config.json and "
             f"diffusion_pytorch_model.safetensors, or a hub name such as {SD_VAE} (needs the network once)"
         ) from error
+    missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    if missing or unexpected:
+        kinds = [f"{len(names)} {kind} ({_few(names)})" for kind, names in
+                 (("missing", missing), ("unexpected", unexpected)) if names]  # fmt: skip
+        other = any(re.match(r"first_stage_model\.|(en|de)coder\.(down|up|mid)\.", name) for name in unexpected)
+        remedy = "these are the names of latent-diffusion files, convert them with diffusers" if other else (
+            "copy or download it again")  # fmt: skip
+        raise UserError(f"the VAE {source} has not the tensors of its config.json: {'; '.join(kinds)}: {remedy}")
     return vae.to(device).eval().requires_grad_(False)
+
+
+def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple["AutoencoderKL", dict[str, Any]]:
+    """The VAE, and which tensors its file lacks or has besides; tensors that it lacks have no memory."""
+    from diffusers import AutoencoderKL  # a slow import, needed by no other part of the models
+
+    with _quiet_diffusers():
+        _check_config(AutoencoderKL.load_config(source, local_files_only=local_files_only), source)
+        return AutoencoderKL.from_pretrained(
+            source,
+            local_files_only=local_files_only,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+
+
+def _check_config(config: dict[str, Any], source: str) -> None:
+    """Raise `UserError` for a configuration of another kind of network, or of latents that we would get wrong."""
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise UserError(f"the VAE {source} is of class {kind} by its config.json: give an AutoencoderKL")
+    shifts = [f"{name} {config[name]}" for name in OFF_CENTRE if config.get(name) not in (None, 0)]
+    if shifts:
+        raise UserError(
+            f"the VAE {source} has {', '.join(shifts)}, and only a scaling_factor is supported: its latents would be "
+            f"off-centre; give a VAE without, such as {SD_VAE}"
+        )
+    scale = config.get("scaling_factor", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise UserError(f"the VAE {source} has scaling_factor {scale!r} in its config.json: expected a number above 0")
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without the warnings of diffusers: what they warn of is refused, in one line."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def portable_name(name: str) -> str:
+    """A VAE's name as it travels: a hub name, also of a folder in the hub's cache; else as `files.portable` has it."""
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$", name)
+    return f"{cached[1]}/{cached[2]}" if cached else portable(name)
+
+
+def load_recorded_vae(name: str, sha256: str | None, device: str | torch.device, flag: str) -> "AutoencoderKL":
+    """The VAE that a dataset or checkpoint names, found by the checksum of its weights where the name does not help.
+
+    A name is looked up in the working folder, then in the repository, then as a hub name; a checksum among the VAEs in
+    `assets/` and in the hub's cache. Where none has it, the VAE of that name is returned for the caller to compare.
+
+    Raises:
+        UserError: if there is no VAE of that name either, naming the `flag` to give one by.
+    """
+    here = [str(place) for place in (name, REPOSITORY / name) if Path(place).is_dir()]
+    named = mistake = None
+    try:
+        named = load_vae(here[0] if here else name, device)
+    except UserError as error:
+        mistake = error
+    if sha256 is not None and (named is None or weights_sha256(named) != sha256):
+        for folder in _folders_of_vaes():
+            try:
+                vae = load_vae(folder)
+            except UserError:  # this one is of no use, but was not asked for either
+                continue
+            if weights_sha256(vae) == sha256:
+                return vae.to(device)
+    if mistake is None:
+        return named
+    if here or sha256 is None:
+        raise mistake
+    raise UserError(
+        f"the VAE {name} is not here, nor one with its weights (SHA-256 {sha256[:12]}...) in assets/ or the hub's "
+        f"cache: give it with {flag} FOLDER"
+    ) from mistake.__cause__
+
+
+def _folders_of_vaes() -> Iterable[Path]:
+    """Folders of `AutoencoderKL` in `assets/` and in the cache of the Hugging Face hub."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    places = [(REPOSITORY / "assets", "*"), (cache, "models--*/snapshots/*"), (cache, "models--*/snapshots/*/vae")]
+    for place, pattern in places:
+        for folder in sorted(place.glob(pattern)):
+            try:
+                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL":
+                yield folder
+
+
+def check_channels(vae: "AutoencoderKL", channels: int, whose: str) -> None:
+    """Raise `UserError` unless the VAE decodes latents of so many channels; `whose` they are is for the message."""
+    if vae.config.latent_channels != channels:
+        raise UserError(
+            f"{whose} has {channels} latent channels, but the VAE {portable_name(str(vae.config._name_or_path))} "
+            f"decodes {vae.config.latent_channels}: give the VAE that made the latents, or, if they were packed as "
+            "drawn latents in place of mean and std, encode the images again"
+        )
 
 
 def weights_sha256(vae: "AutoencoderKL") -> str:

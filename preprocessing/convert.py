@@ -5,8 +5,9 @@
     report.json              how many came in and out, of which kinds, and what was left out, each with its reason
     dataset.json             {"labels": [["00000/img00000000.png", 0], ...], "class_names": [...], "conversion": {...}}
 
-All is written beside its place, in `.NAME.partial/`, and takes its name when it is complete. There, `progress.jsonl`
-says what is done already: a line of settings, then a line for every chunk of images.
+All is written beside its place, in `.NAME.partial/`, and takes its name when it is complete; where the folder is there
+already, it may be a mount, whose name nothing can take: then within it, in `.partial/`. There, `progress.jsonl` says
+what is done already: a line of settings, then a line for every chunk of images.
 """
 
 import hashlib
@@ -19,19 +20,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+import numpy as np
 from tqdm import tqdm
 
 from errors import UserError
 from file_layout import LABELS, BadFile, FileStore
-from files import only_writer
+from files import only_writer, real_place
+from image_files import read_rgb
+from preprocessing.destination import files_in, put_in_place
 from preprocessing.growing_zip import Entry, GrowingZip
+from preprocessing.images import warn_of_empty_classes
 from preprocessing.picture_source import PictureSource, list_pictures
-from preprocessing.pixels import TRANSFORMS, read_rgb
+from preprocessing.pixels import TRANSFORMS
 from preprocessing.workers import worker_results
 
 CHUNK = 32  # images: little to do again after a kill, and little held in memory on the way to a zip
 REPORT = "report.json"
+PROGRESS = "progress.jsonl"
 Line = dict[str, Any]  # of the progress: chunk, kinds, left_out and, for a zip, entries
 
 
@@ -45,37 +50,42 @@ def convert(
     """Crop and scale the images of `source` to `resolution` pixels square, or go on where that was stopped.
 
     `source` is a folder, zip or tar (also a folder or tar of tars); classes are its folders, or what its
-    `dataset.json` says. `dest` is a folder, or a zip if it ends in `.zip`. Images that cannot be read are left out
-    and listed in the report, which is returned; None if `dest` was complete already.
+    `dataset.json` says. `dest` is a folder, or a zip if it ends in `.zip`; it may be a link, or an empty folder. Images
+    that cannot be read are left out and listed in the report, which is returned; None if `dest` was complete already.
 
     Raises `UserError` for a source without images or with contradicting labels, if `dest` holds something else or is
     being written by another command, and for a full disk; what is written stays, and the same command continues.
     """
-    source, dest = Path(source), Path(dest).absolute()
+    source, dest = Path(source), real_place(dest).absolute()
     if source.resolve() in (dest.resolve(), *dest.resolve().parents):
         raise UserError(f"--dest {dest} lies in --source {source}: give a place outside it")
+    if _is_zip(dest) and dest.is_dir():
+        raise UserError(f"--dest {dest} is a folder, expected a zip file to make: change --dest")
     with only_writer(dest):
         pictures = list_pictures(source)
         settings = _settings(pictures, resolution, transform)
-        aside = dest.with_name(f".{dest.name}.partial")
-        report = None
-        if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
+        beside, report = dest.with_name(f".{dest.name}.partial"), None
+        aside = dest / ".partial" if dest.is_dir() else beside
+        moving_in = (aside / PROGRESS).is_file() and not (dest / LABELS).exists()
+        if dest.is_file() or (files_in(dest) and not moving_in):
             _check_same(settings, _finished_settings(dest), dest)
         else:
             try:
                 report = _converted(pictures, settings, dest, aside, num_workers)
+                _warn_of_empty_classes(pictures, report)
             except OSError as error:
                 raise UserError(
                     f"cannot write {dest} ({error.strerror or error}): free space or change --dest, then give the "
                     "same command again: it continues"
                 ) from error
-        shutil.rmtree(aside, ignore_errors=True)
+        for leftover in {aside, beside}:
+            shutil.rmtree(leftover, ignore_errors=True)
     return report
 
 
 def _settings(pictures: PictureSource, resolution: int, transform: str) -> dict[str, Any]:
     """What makes one conversion another one."""
-    listing = [pictures.images, pictures.labels, pictures.class_names, pictures.others]
+    listing = [pictures.images, pictures.labels, pictures.class_names, list(pictures.others)]
     return {
         "resolution": resolution,
         "transform": transform,
@@ -118,11 +128,11 @@ def output_name(position: int) -> str:
     return f"{position // 1000:05d}/img{position:08d}.png"
 
 
-class _Chunks(Dataset):
-    """Item k: chunk k of the images, converted, as its progress line and the pictures: (name, PNG content).
+class _Chunks:
+    """Called with k: chunk k of the images, converted, as its progress line and the pictures: (name, PNG content).
 
     With `folder`, pictures are written there by the worker itself and not returned. A mistake is returned, too:
-    raised in a worker it would arrive wrapped in a traceback.
+    raised in a worker it would be taken for a failure of the worker.
     """
 
     def __init__(self, pictures: PictureSource, resolution: int, transform: str, folder: Path | None) -> None:
@@ -132,7 +142,7 @@ class _Chunks(Dataset):
     def __len__(self) -> int:
         return -(-len(self.images) // CHUNK)
 
-    def __getitem__(self, chunk: int) -> tuple[Line, list[tuple[str, bytes]]] | Exception:
+    def __call__(self, chunk: int) -> tuple[Line, list[tuple[str, bytes]]] | Exception:
         kinds, left_out, results = Counter(), {}, []
         for position in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.images))):
             name = self.images[position]
@@ -189,17 +199,17 @@ def _converted(
 ) -> dict[str, Any]:
     """Convert what is left to do, put the whole in its place, and return the report."""
     aside.mkdir(exist_ok=True)
-    progress = aside / "progress.jsonl"
+    progress = aside / PROGRESS
     lines = _read_progress(progress, settings)
     content = aside / "content"
-    if to_zip := dest.suffix.lower() == ".zip":
+    if to_zip := _is_zip(dest):
         archive = GrowingZip(content, _entries(lines))
     else:
         content.mkdir(exist_ok=True)
     chunks = _Chunks(pictures, settings["resolution"], settings["transform"], None if to_zip else content)
     left = range(len(lines), len(chunks))
     with (
-        worker_results(chunks, num_workers, sampler=left, batch_size=None) as converted,
+        worker_results(chunks, left, num_workers) as converted,
         progress.open("a") as record,
         tqdm(desc="convert", total=len(pictures.images), unit="img") as bar,
     ):
@@ -219,8 +229,12 @@ def _converted(
     else:
         for name, text in texts.items():
             (content / name).write_text(text)
-    content.replace(dest)
+    put_in_place(content, dest)
     return report
+
+
+def _is_zip(dest: Path) -> bool:
+    return dest.suffix.lower() == ".zip"
 
 
 def _read_progress(file: Path, settings: dict[str, Any]) -> list[Line]:
@@ -255,7 +269,7 @@ def _report(pictures: PictureSource, lines: list[Line]) -> dict[str, Any]:
     if not kinds:
         name, reason = next(iter(left_out.items()))
         raise UserError(f"none of {len(left_out)} images can be converted, such as {name} ({reason})")
-    left_out |= dict.fromkeys(pictures.others, "no image, by its name")
+    left_out |= pictures.others
     return {
         "files": len(pictures.images) + len(pictures.others),
         "converted": kinds.total(),
@@ -265,9 +279,13 @@ def _report(pictures: PictureSource, lines: list[Line]) -> dict[str, Any]:
 
 
 def _labels(pictures: PictureSource, report: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    labels = [
-        [output_name(position), label]
-        for position, (name, label) in enumerate(zip(pictures.images, pictures.labels, strict=True))
-        if name not in report["left_out"]
-    ]
+    kept = [position for position, name in enumerate(pictures.images) if name not in report["left_out"]]
+    labels = [[output_name(position), pictures.labels[position]] for position in kept]
     return {"labels": labels, "class_names": pictures.class_names, "conversion": settings}
+
+
+def _warn_of_empty_classes(pictures: PictureSource, report: dict[str, Any]) -> None:
+    labels = [
+        label for name, label in zip(pictures.images, pictures.labels, strict=True) if name not in report["left_out"]
+    ]
+    warn_of_empty_classes(np.array(labels), pictures.class_names)

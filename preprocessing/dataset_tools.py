@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python preprocessing/dataset_tools.py`, as in REPA
 
-from errors import OneLineParser, UserError, exits_on_user_error
+from errors import OneLineParser, UserError, exits_on_user_error, memory_told
 from evaluation.features import load_extractor
 from file_layout import SD_VAE
 from flags import PRECISIONS
@@ -206,6 +206,7 @@ def _positive(text: str) -> int:
 
 
 @exits_on_user_error
+@memory_told("lower --batch-size or --num-workers, where the command has them; it continues where it was")
 def main() -> None:
     """Parse the command line and run one command."""
     parser = OneLineParser(description="Make, describe and check datasets.")

@@ -21,6 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from errors import OneLineParser, UserError, exits_on_user_error
+from files import real_place
+from preprocessing.destination import files_in, put_in_place
 
 CREDIT = "All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0"
 LICENCE = "CC BY-SA 4.0"
@@ -68,21 +70,21 @@ def render(dest: str | Path, size: int = 64) -> Path:
 
     Raises `UserError` when `dest` holds something else, or the demo packages are not installed.
     """
-    dest = Path(dest)
+    dest = real_place(dest)
     if size < 8:
         raise UserError(f"--size {size} is too small: give at least 8 pixels")
     if dest.exists():
         if _is_complete(dest, size):
             return dest
-        if not dest.is_dir() or any(dest.iterdir()):
+        if not dest.is_dir() or files_in(dest):
             raise UserError(
                 f"{dest} exists and does not hold the demo images at {size} px: remove it or choose another --dest"
             )
     _, _, svg_to_bytes = _demo_packages()
     entries = list_emoji()
     dest.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and renamed at the end: an interrupted run leaves no half-filled `dest`.
-    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
+    # Made aside and renamed at the end: an interrupted run leaves no half-filled `dest`.
+    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest if dest.is_dir() else dest.parent))
     try:
         for name in CLASSES.values():
             (aside / name).mkdir()
@@ -100,12 +102,9 @@ def render(dest: str | Path, size: int = 64) -> Path:
         }
         (aside / "dataset.json").write_text(json.dumps(manifest, indent=1) + "\n")
         aside.chmod(0o755)  # mkdtemp makes private folders
-        if dest.exists():
-            dest.rmdir()  # empty, as checked above
-        aside.replace(dest)
-    except BaseException:
+        put_in_place(aside, dest)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
     return dest
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm, trange
@@ -27,6 +26,7 @@ from tqdm import tqdm, trange
 from errors import OneLineParser, UserError, exits_on_user_error
 from evaluation.features import DemoFeatures
 from files import written_aside
+from image_files import read_rgb
 from models import vae as latent_space
 from models.ssl_encoders import RANDOM, load_encoder
 
@@ -37,7 +37,7 @@ def load_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """All images that `folder/dataset.json` lists: uint8 (N, H, W, 3) and their int64 class numbers (N,)."""
     try:
         entries = json.loads((folder / "dataset.json").read_text())["labels"]
-        images = [np.asarray(Image.open(folder / file).convert("RGB")) for file, _ in entries]
+        images = [np.asarray(read_rgb((folder / file).read_bytes())[0]) for file, _ in entries]
         labels = [int(label) for _, label in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -142,7 +142,7 @@ def save_vae(vae: torch.nn.Module, images: torch.Tensor, dest: Path) -> float:
     psnr = reconstruction_psnr(rounded, images, moments)
 
     dest.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest if dest.is_dir() else dest.parent))
     try:
         rounded.half().save_pretrained(aside, safe_serialization=True)
         dest.mkdir(exist_ok=True)

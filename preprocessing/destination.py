@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from errors import UserError
+from file_layout import LABELS, is_hidden
+from files import real_place
 
 
 class HashedFile:
@@ -33,17 +35,19 @@ class HashedFile:
 def written_aside(place: Path, folder: Path | None = None) -> Iterator[HashedFile]:
     """Write file `place` under another name; it appears under its own only once all of it is on disk.
 
-    The other name is beside it, or in `folder` of the same file system. Raises `UserError` if it cannot be written;
+    The other name is beside it, or in `folder` of the same file system; through a link to a file, beside what the link
+    names. Raises `UserError` if it cannot be written;
     then, and after any other exception, `place` is what it was before.
     """
-    aside = (folder or place.parent) / f"{place.name}.partial"
+    real = real_place(place)
+    aside = (folder if folder and real == place else real.parent) / f"{place.name}.partial"
     try:
         file = HashedFile(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
         try:
             yield file
         finally:
             file.close()
-        aside.replace(place)
+        aside.replace(real)
     except OSError as error:
         raise UserError(
             f"cannot write {place} ({error.strerror or error}): free space or change --dest, then give the same "
@@ -58,3 +62,20 @@ def write_file(place: Path, content: bytes, folder: Path | None = None) -> str:
     with written_aside(place, folder) as file:
         file.write(content)
     return file.hexdigest()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """What a destination holds, sorted, but for hidden and system files: a fresh disk has its `lost+found`."""
+    return sorted(place for place in folder.iterdir() if not is_hidden(place.name)) if folder.is_dir() else []
+
+
+def put_in_place(content: Path, dest: Path) -> None:
+    """Make folder `content` the folder `dest`, of the same file system.
+
+    A `dest` that is there is filled, `dataset.json` last: it may be a mount, which no rename replaces.
+    """
+    if not dest.is_dir():
+        content.replace(dest)
+        return
+    for file in sorted(content.iterdir(), key=lambda file: file.name == LABELS):
+        file.replace(dest / file.name)

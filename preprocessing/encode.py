@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from errors import UserError
 from file_layout import FileStore, read_image
 from files import only_writer
 from models.vae import encode_moments, load_vae, weights_sha256
-from preprocessing.images import SourceImages, list_images
+from preprocessing.images import SourceImages, list_images, tell_passed_over, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.processes import Processes, joined_processes
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
+from processes import progress_bar
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -55,6 +54,8 @@ def encode(
             vae = None
             if leader:
                 images = list_images(source)
+                tell_passed_over(images.others)
+                warn_of_empty_classes(images.labels, images.class_names)
                 vae = load_vae(vae_name, device=processes.own(device))
                 manifest = _manifest(images, vae, vae_name, dtype, flip, with_images)
                 PackedJob.begin(dest, manifest, images.names, images.labels)
@@ -97,7 +98,7 @@ def _manifest(
 
 def encode_units(
     job: PackedJob,
-    images: Dataset,
+    images: Callable[[list[int]], np.ndarray | UserError],
     network: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int,
     num_workers: int,
@@ -105,7 +106,8 @@ def encode_units(
 ) -> None:
     """Encode what is left for this process, one unit after the other, while worker processes read ahead.
 
-    `images` gives batches of samples, uint8 (B, H, W, 3), for lists of their numbers; `network` makes (B, ...) of them.
+    `images` gives batches of samples, uint8 (B, H, W, 3), for lists of their numbers, or a mistake; `network` makes
+    (B, ...) of them. Pixels are kept, until their unit is written, only if they are to be stored.
     """
     units = job.left(processes.rank, processes.world)
     batches = {
@@ -115,39 +117,39 @@ def encode_units(
     order = [batch for unit in units for batch in batches[unit]]
     total = sum(len(job.rows_of(unit)) for unit in units)
     with (
-        worker_results(images, num_workers, batch_sampler=order) as read,
-        tqdm(total=total, desc=processes.label("encode"), unit="img", disable=processes.local_rank != 0) as bar,
+        worker_results(images, order, num_workers) as read,
+        progress_bar(processes.local_rank == 0, total=total, desc=processes.label("encode"), unit="img") as bar,
     ):
         for unit in units:
             values, pixels = [], []
             for _ in batches[unit]:
-                batch = next(read)
+                batch = torch.from_numpy(next(read))
                 views = [batch, batch.flip(2)] if job.manifest["flip"] else [batch]
                 values.append(torch.stack([network(view) for view in views], dim=1).cpu().numpy())
-                pixels.append(batch.numpy())
+                if job.manifest.get("images"):
+                    pixels.append(batch.numpy())
                 bar.update(len(batch))
-            stored = np.concatenate(pixels) if job.manifest.get("images") else None
-            job.write_unit(unit, np.concatenate(values), stored)
+            job.write_unit(unit, np.concatenate(values), np.concatenate(pixels) if pixels else None)
 
 
-class ImageBatches(Dataset):
+class ImageBatches:
     """Batches of images, uint8 (B, resolution, resolution, 3)."""
 
     def __init__(self, store: FileStore, names: list[str], resolution: int) -> None:
         self.store, self.names, self.resolution = store, names, resolution
 
-    def __getitems__(self, indices: list[int]) -> torch.Tensor | UserError:
-        """A batch, or else the mistake: raised in a worker it would arrive wrapped in a traceback."""
+    def __call__(self, indices: list[int]) -> np.ndarray | UserError:
+        """A batch, or else the mistake: raised in a worker it would be taken for a failure of the worker."""
         try:
-            return torch.stack([self._read(self.names[i]) for i in indices])
+            return np.stack([self._read(self.names[i]) for i in indices])
         except UserError as error:
             return error
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str) -> np.ndarray:
         pixels = read_image(self.store, name)
         if pixels.shape[:2] != (self.resolution, self.resolution):
             raise UserError(
                 f"{self.store.path / name} is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected "
                 f"{self.resolution} x {self.resolution}, the height of the first image: bring all to one square size"
             )
-        return torch.from_numpy(pixels)
+        return pixels

@@ -3,23 +3,22 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from dataset import MANIFEST, PackedLatents
 from errors import UserError
 from file_layout import FileStore
-from files import only_writer
+from files import only_writer, real_place
 from flags import PRECISIONS
 from models.ssl_encoders import load_encoder
 from models.vae import weights_sha256
 from preprocessing.encode import ImageBatches, encode_units
-from preprocessing.images import list_images
+from preprocessing.images import list_images, tell_passed_over
 from preprocessing.packed_writer import SHARD_BYTES, PackedJob, features_manifest, row_type
 from preprocessing.processes import joined_processes
 from preprocessing.source_identity import source_sha256
@@ -69,7 +68,7 @@ def encode_ssl(
                     flip=flip,
                     source_sha256=identity,
                 )
-                check_disk(Path(dest), manifest)
+                check_disk(real_place(dest), manifest)
                 PackedJob.begin(dest, manifest, names)
             processes.wait()
             job = PackedJob.join(dest)
@@ -96,6 +95,7 @@ def _inspect(source: Path, tokens_a_side: int | None) -> tuple[list[str], int, i
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         return data.names, data.manifest["resolution"], tokens_a_side or data.latent_shape[-1] // 2, digest
     images = list_images(source)
+    tell_passed_over(images.others)
     resolution = images.read(0).shape[0]
     if resolution % 16 and not tokens_a_side:
         raise UserError(
@@ -112,20 +112,20 @@ def _is_packed(source: Path) -> bool:
         return False
 
 
-def _images(source: Path, job: PackedJob) -> Dataset:
+def _images(source: Path, job: PackedJob) -> Callable[[list[int]], np.ndarray | UserError]:
     if _is_packed(source):
         return _PackedImages(PackedLatents(source))
     return ImageBatches(FileStore(source), job.names, job.manifest["resolution"])
 
 
-class _PackedImages(Dataset):
+class _PackedImages:
     """Batches of images, uint8 (B, H, W, 3), of packed latents."""
 
     def __init__(self, data: PackedLatents) -> None:
         self.data = data
 
-    def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        return torch.from_numpy(self.data.gather_images(np.array(indices)))
+    def __call__(self, indices: list[int]) -> np.ndarray:
+        return self.data.gather_images(np.array(indices))
 
 
 def describe_size(manifest: dict[str, Any]) -> str:

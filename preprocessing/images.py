@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from errors import tell
 from file_layout import FileStore, read_image
-from preprocessing.picture_source import list_stored
+from preprocessing.picture_source import NO_IMAGE, list_stored
 
 
 class SourceImages(NamedTuple):
@@ -16,6 +17,7 @@ class SourceImages(NamedTuple):
     names: list[str]  # inside the store, with forward slashes
     labels: np.ndarray  # (N,) int64
     class_names: list[str]
+    others: dict[str, str]  # what is no image, and why
 
     def read(self, index: int) -> np.ndarray:
         """Image `index` as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor greyscale."""
@@ -30,4 +32,22 @@ def list_images(source: str | Path) -> SourceImages:
     """
     store = FileStore(source)
     listed = list_stored(store)
-    return SourceImages(store, listed.images, np.array(listed.labels, np.int64), listed.class_names)
+    labels = np.array(listed.labels, np.int64)
+    return SourceImages(store, listed.images, labels, listed.class_names, listed.others)
+
+
+def tell_passed_over(others: dict[str, str]) -> None:
+    """Print how many hidden and system files, and links, were passed over among a source's files, if any were."""
+    passed_over = [f"{name} ({reason})" for name, reason in others.items() if reason != NO_IMAGE]
+    if passed_over:
+        tell(f"note: passed over {len(passed_over)} files or folders, such as {passed_over[0]}")
+
+
+def warn_of_empty_classes(labels: np.ndarray, class_names: list[str]) -> None:
+    """Print which classes have no samples, of labels (N,) int64, if any: the network would be asked for them."""
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0)
+    if len(empty):
+        names = [f"{number} ({class_names[number]})" for number in empty[:10]]
+        more = ", ..." if len(empty) > 10 else ""
+        from_1 = ": labels count from 0, these seem to count from 1" if empty.tolist() == [0] else ""
+        tell(f"warning: {len(empty)} of {len(class_names)} classes have no images, {', '.join(names)}{more}{from_1}")

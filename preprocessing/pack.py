@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from errors import UserError
-from file_layout import LABELS, SD_VAE, FileLatents, pairing_name, read_image
+from file_layout import LABELS, SD_VAE, FileLatents, image_folder, pairing_name, read_image
 from files import only_writer
-from preprocessing.images import SourceImages, list_images
+from preprocessing.images import SourceImages, list_images, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
@@ -35,6 +34,7 @@ def pack(
     with only_writer(dest):
         latents = FileLatents(source)
         check_files(latents)
+        warn_of_empty_classes(latents.labels, latents.class_names)
         paired = None if images is None else _paired_images(latents, list_images(images))
         manifest = packed_manifest(
             latents.names,
@@ -57,7 +57,7 @@ def pack(
             return
         left = job.left()
         with (
-            worker_results(_UnitWriter(job, latents, paired), num_workers, sampler=left, batch_size=None) as results,
+            worker_results(_UnitWriter(job, latents, paired), left, num_workers) as results,
             tqdm(total=sum(len(job.rows_of(unit)) for unit in left), desc="pack", unit="img") as bar,
         ):
             for done in results:
@@ -76,7 +76,8 @@ def check_files(latents: FileLatents) -> None:
 
 def _paired_images(latents: FileLatents, images: SourceImages) -> SourceImages:
     """The images in the order of the latents, by name; `UserError` if one has no counterpart, or labels disagree."""
-    index_of = {pairing_name(name): index for index, name in enumerate(images.names)}
+    folder = image_folder(latents.names, images.names)
+    index_of = {pairing_name(name).removeprefix(folder): index for index, name in enumerate(images.names)}
     if len(index_of) < len(images.names):
         raise UserError(f"{images.store.path} has several images of one name: they cannot be paired by name")
     for name in sorted({pairing_name(name) for name in latents.names} ^ index_of.keys())[:1]:
@@ -91,19 +92,19 @@ def _paired_images(latents: FileLatents, images: SourceImages) -> SourceImages:
     return images._replace(names=[images.names[index] for index in order], labels=latents.labels)
 
 
-class _UnitWriter(Dataset):
-    """Item `unit` reads and writes this unit of the job, in a worker process, and is the number of its samples."""
+class _UnitWriter:
+    """Reads and writes one unit of the job, in a worker process; returns the number of its samples, or a mistake."""
 
     def __init__(self, job: PackedJob, latents: FileLatents, images: SourceImages | None) -> None:
         self.job, self.latents, self.images = job, latents, images
 
-    def __getitem__(self, unit: int) -> int | UserError:
+    def __call__(self, unit: int) -> int | UserError:
         rows, images = self.job.rows_of(unit), None
         try:
             if self.images is not None:
                 images = np.stack([self._pixels(self.images.names[row]) for row in rows])
             self.job.write_unit(unit, self.latents.gather(np.array(rows))[0], images)
-        except UserError as error:  # raised here, it would arrive wrapped in a traceback
+        except UserError as error:  # raised here, it would be taken for a failure of the worker
             return error
         return len(rows)
 

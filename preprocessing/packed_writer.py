@@ -27,7 +27,8 @@ from tqdm import tqdm
 from dataset import FORMAT, FORMAT_VERSION, LATENTS, MANIFEST, read_manifest
 from errors import UserError
 from file_layout import load_npy
-from preprocessing.destination import write_file, written_aside
+from files import json_bytes, real_place
+from preprocessing.destination import files_in, write_file, written_aside
 from ssl_features import FEATURES
 
 SHARD_BYTES = 2**31  # few files, yet each is quick to copy and to check
@@ -73,7 +74,7 @@ def packed_manifest(
         "vae_sha256": vae_sha256,
         "scaling_factor": scaling_factor,
         "labels": {"file": "labels.npy", "sha256": hashlib.sha256(_npy(labels.astype(np.int64))).hexdigest()},
-        "names": {"file": "names.json", "sha256": hashlib.sha256(_json(names)).hexdigest()},
+        "names": {"file": "names.json", "sha256": hashlib.sha256(json_bytes(names)).hexdigest()},
         "source_sha256": source_sha256,
     }
 
@@ -108,7 +109,7 @@ def features_manifest(
         "encoder": encoder,
         "weights_sha256": weights_sha256,
         "precision": precision,
-        "names": {"file": "names.json", "sha256": hashlib.sha256(_json(names)).hexdigest()},
+        "names": {"file": "names.json", "sha256": hashlib.sha256(json_bytes(names)).hexdigest()},
         "source_sha256": source_sha256,
     }
 
@@ -137,7 +138,7 @@ class PackedJob:
 
         Raises `UserError` if `dest` holds something else or damaged, finished or not: it is left as it is.
         """
-        dest = Path(dest)
+        dest = real_place(dest)
         work, job = dest / "unfinished", dest / "unfinished" / "job.json"
         if dest.exists() and not dest.is_dir():
             raise UserError(f"{dest} is a file, expected a folder: change --dest")
@@ -148,7 +149,7 @@ class PackedJob:
         if job.is_file():
             _check_same(manifest, _read_job(dest)[0], dest, "dataset in the making")
         else:
-            for file in sorted(dest.iterdir()) if dest.exists() else ():
+            for file in files_in(dest):
                 if file != work:
                     raise UserError(f"{dest} holds {file.name}, which no unfinished dataset does: change --dest")
             try:
@@ -156,8 +157,8 @@ class PackedJob:
             except OSError as error:
                 raise UserError(f"cannot make folder {dest} ({error.strerror}): change --dest") from error
             unit_rows = max(1, min(UNIT_ROWS, UNIT_BYTES // row_type(manifest).itemsize))
-            write_file(job, _json({"unit_rows": unit_rows, "manifest": manifest}))
-        write_file(dest / "names.json", _json(names), work)
+            write_file(job, json_bytes({"unit_rows": unit_rows, "manifest": manifest}))
+        write_file(dest / "names.json", json_bytes(names), work)
         if labels is not None:
             write_file(dest / "labels.npy", _npy(labels.astype(np.int64)), work)
         return cls(dest)
@@ -219,7 +220,7 @@ class PackedJob:
         content = _npy(np.array(checksums, np.uint32).T)
         manifest["checksums"] = {"file": "checksums.npy", "sha256": hashlib.sha256(content).hexdigest()}
         write_file(self.dest / "checksums.npy", content, self.work)
-        write_file(self.dest / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode(), self.work)
+        write_file(self.dest / MANIFEST, json_bytes(manifest, indent=2), self.work)
         shutil.rmtree(self.work)
 
     def _finish_field(self, field: str, shard_rows: int | None, bar: tqdm) -> list[dict[str, Any]]:
@@ -253,7 +254,7 @@ class PackedJob:
                 checksums += [zlib.crc32(row) for row in content]
                 shard.write(content.data)
             entry = {"file": place.name, "count": len(rows), "sha256": shard.hexdigest(), "crc32": checksums}
-            write_file(record, _json(entry))
+            write_file(record, json_bytes(entry))
 
 
 def write_packed(
@@ -329,10 +330,6 @@ def _check_same(wanted: dict[str, Any], found: dict[str, Any], dest: Path, what:
             f"{dest} holds a {what}, but with {key} {str(found.get(key))[:80]}, where this command makes "
             f"{str(wanted[key])[:80]}: delete it or change --dest"
         )
-
-
-def _json(content: object) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -3,11 +3,15 @@
 import zipfile
 from itertools import takewhile
 from pathlib import Path
+from posixpath import splitext
 from typing import NamedTuple
 
 from errors import UserError
-from file_layout import IMAGE_SUFFIXES, LABELS, FileStore, read_labels
+from file_layout import LABELS, FileStore, read_labels
+from image_files import IMAGE_SUFFIXES
 from preprocessing.tar_store import TarStore, is_tar
+
+NO_IMAGE = "no image, by its name"
 
 
 class PictureSource(NamedTuple):
@@ -17,7 +21,7 @@ class PictureSource(NamedTuple):
     images: list[str]
     labels: list[int]
     class_names: list[str]
-    others: list[str]  # files that are no images by their names
+    others: dict[str, str]  # what is no image, sorted by name, and why
 
 
 def list_pictures(path: Path) -> PictureSource:
@@ -32,28 +36,40 @@ def list_stored(store: FileStore | TarStore) -> PictureSource:
     """List the images of a store with their classes: what `convert` and all that reads its results take for images.
 
     Folders that all images share are no classes: in `train/cat/1.png`, `train/dog/2.png` the classes are cat and dog.
-    Images of one folder only are one class. Raises `UserError` if there are no images, an image lies beside the
-    class folders, or `dataset.json` and the files disagree.
+    Images of one folder only are one class. Hidden and system files and folders are passed over, but for images that
+    `dataset.json` lists. Raises `UserError` if there are no images, an image lies beside the class folders,
+    `dataset.json` and the files disagree, or a folder cannot be read.
     """
-    files = sorted(store.names())
-    images = [name for name in files if _is_image(name)]
+    files = store.files()
+    label_of, class_names = read_labels(store) if LABELS in files else ({}, [])
+    images = sorted(name for name, why in files.items() if _is_image(name) and (why is None or name in label_of))
     if not images:
-        raise UserError(f"no images ({', '.join(IMAGE_SUFFIXES)}) below {store.path}: change --source")
+        raise UserError(_no_images(store, files))
     if LABELS in files:
-        files.remove(LABELS)
-        labels, class_names = _listed_classes(store, images)
+        labels = _listed_labels(store, images, label_of)
     else:
-        for name in files:
-            if name.endswith(f"/{LABELS}"):  # the folders would be taken for classes
-                raise UserError(f"{store.path / name} is below --source: give the folder that it describes")
+        for name, passed_over in files.items():
+            if name.endswith(f"/{LABELS}") and passed_over is None:  # the folders would be taken for classes
+                raise UserError(_inner_labels(store, name))
         labels, class_names = _folder_classes(store.path, images)
-    return PictureSource(store, images, labels, class_names, sorted(set(files) - set(images)))
+    others = sorted(files.keys() - set(images) - {LABELS})
+    return PictureSource(store, images, labels, class_names, {name: files[name] or NO_IMAGE for name in others})
 
 
 def _is_image(name: str) -> bool:
-    place = Path(name)
-    is_hidden = place.name.startswith(".")  # macOS hides "._1.jpg" beside "1.jpg"
-    return place.suffix.lower() in IMAGE_SUFFIXES and not is_hidden
+    return splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _no_images(store: FileStore | TarStore, files: dict[str, str | None]) -> str:
+    hidden = next((name for name in sorted(files) if _is_image(name)), None)
+    passed_over = f", but for hidden or system ones such as {hidden}" if hidden else ""
+    return f"no images ({', '.join(IMAGE_SUFFIXES)}) below {store.path}{passed_over}: change --source"
+
+
+def _inner_labels(store: FileStore | TarStore, name: str) -> str:
+    folder = "the folder that it describes"
+    remedy = f"give {folder}" if store.path.is_dir() else f"unpack {store.path.name} and give {folder}"
+    return f"{store.path / name} is below --source: {remedy}"
 
 
 def _open(path: Path) -> FileStore | TarStore:
@@ -63,16 +79,21 @@ def _open(path: Path) -> FileStore | TarStore:
     return TarStore(path) if path.is_dir() and any(map(is_tar, store.names())) else store
 
 
-def _listed_classes(store: FileStore | TarStore, images: list[str]) -> tuple[list[int], list[str]]:
-    label_of, class_names = read_labels(store)
+def _listed_labels(store: FileStore | TarStore, images: list[str], label_of: dict[str, int]) -> list[int]:
     for name in sorted(label_of.keys() ^ set(images)):
         problem = "lists no label for" if name not in label_of else "lists a missing image,"
         raise UserError(f"{store.path / LABELS} {problem} {name}: make images and labels agree")
-    return [label_of[name] for name in images], class_names
+    return [label_of[name] for name in images]
+
+
+def _folders_of(name: str) -> list[str]:
+    """The folders an image lies in. Some programs unpack a zip of Windows to one folder of files `cat\\0.png`."""
+    *folders, file = name.split("/")
+    return folders + file.split("\\")[:-1]
 
 
 def _folder_classes(path: Path, images: list[str]) -> tuple[list[int], list[str]]:
-    folders = [name.split("/")[:-1] for name in images]
+    folders = [_folders_of(name) for name in images]
     ends = zip(min(folders), max(folders), strict=False)
     shared = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], ends)]
     if all(folder == shared for folder in folders):

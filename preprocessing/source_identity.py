@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import zipfile
 
 from tqdm import tqdm
 
-from errors import UserError
 from file_layout import LABELS, FileStore
 from preprocessing.convert import REPORT
 
@@ -24,27 +22,9 @@ def source_sha256(*sources: tuple[FileStore, list[str]]) -> str:
     for store, names in sources:
         names = sorted(names)
         extras = [name for name in (LABELS, REPORT) if name not in names]
-        sizes = _sizes(store, names + extras)
+        sizes = {name: store.size(name) for name in tqdm(names + extras, desc="look at files", unit="file", delay=1)}
         digest.update(json.dumps(sizes).encode())
         step = max(1, -(-len(names) // SAMPLED))
         for name in names[::step] + [name for name in extras if sizes[name] is not None]:
             digest.update(hashlib.sha256(store.read(name)).digest())
     return digest.hexdigest()
-
-
-def _sizes(store: FileStore, names: list[str]) -> dict[str, int | None]:
-    """Bytes of each file, None if it is not there."""
-    if not store.path.is_dir():
-        with zipfile.ZipFile(store.path) as archive:
-            found = {entry.filename: entry.file_size for entry in archive.infolist()}
-        return {name: found.get(name) for name in names}
-    sizes = {}
-    for name in tqdm(names, desc="look at files", unit="file", delay=1):
-        place = store.path / name
-        try:
-            sizes[name] = place.stat().st_size
-        except FileNotFoundError:
-            sizes[name] = None
-        except OSError as error:
-            raise UserError(f"{place} cannot be read ({error.strerror or error}): make it readable") from error
-    return sizes

@@ -12,8 +12,8 @@ from errors import UserError
 from evaluation.archives import ImageArchive
 from evaluation.features import SPATIAL_DIMENSION, InceptionFeatures
 from evaluation.statistics import FeatureStatistics
-from files import only_writer
-from preprocessing.images import SourceImages, list_images
+from files import only_writer, written_aside
+from preprocessing.images import SourceImages, list_images, tell_passed_over
 
 
 def write_reference(
@@ -32,24 +32,25 @@ def write_reference(
     Raises `UserError` for a source without images, an unreadable image, images of different size, an index out of
     range, fewer than two images for statistics, and a destination that cannot be written.
     """
-    source, npz_path = list_images(images_dir), Path(npz_path)
+    npz_path = Path(npz_path)
+    if npz_path.is_dir():
+        raise UserError(f"{npz_path} cannot be written (a folder is there): give an .npz file to make as --dest")
+    source = list_images(images_dir)
+    tell_passed_over(source.others)
     total = len(source.names)
     indices = range(total) if indices is None else indices
     if len(indices) == 0 or not all(0 <= index < total for index in indices):
         raise UserError(f"indices select {len(indices)} of {total} images; expected one or more from 0 to {total - 1}")
     if extractor and len(indices) < 2:
         raise UserError("statistics of 1 image asked, expected at least 2: select more, or leave out the features")
-    aside = npz_path.with_name(f".{npz_path.name}.partial")
     with only_writer(npz_path):
         try:
-            _write_images(aside, source, indices)
-            if extractor:
-                _add_arrays(aside, inception_statistics(ImageArchive(aside), extractor))
-            aside.replace(npz_path)
+            with written_aside(npz_path) as aside:
+                _write_images(aside, source, indices)
+                if extractor:
+                    _add_arrays(aside, inception_statistics(ImageArchive(aside), extractor))
         except OSError as error:
             raise UserError(f"{npz_path} cannot be written ({error}); change --dest") from error
-        finally:
-            aside.unlink(missing_ok=True)
     return npz_path
 
 

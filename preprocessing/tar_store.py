@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from errors import UserError
-from file_layout import BadFile, FileStore
+from file_layout import HIDDEN, BadFile, FileStore, is_hidden, plain_name, top_folder
 
 
 class _Part(NamedTuple):
@@ -23,7 +23,8 @@ class TarStore:
     """The files of tar `path`, by their names inside it; nothing is unpacked.
 
     A tar inside stands for a folder of its name (`n01440764.tar` for `n01440764/`). So it does if `path` is a folder
-    in which tars lie. All is listed once, at the start; then it may be read from many processes.
+    in which tars lie. A tar whose `dataset.json` lies with all else in one folder is read as that folder's tar would
+    be. All is listed once, at the start; then it may be read from many processes.
 
     Raises `UserError` for a tar that is compressed or damaged, and if two files go by one name.
     """
@@ -32,18 +33,29 @@ class TarStore:
         self.path = Path(path)
         self._folder = FileStore(path) if self.path.is_dir() else None
         if self._folder is None:
-            self._parts, self._beside = _listed(self.path), set()
+            parts = _listed(self.path)
+            top = top_folder(parts)
+            self._parts, self._beside = {name.removeprefix(top): part for name, part in parts.items()}, {}
             return
-        names = self._folder.names()
-        self._parts, self._beside = {}, {name for name in names if not is_tar(name)}
-        for name in sorted(filter(is_tar, names)):
+        self._parts, self._beside = {}, self._folder.files()
+        tars = sorted(name for name, passed_over in self._beside.items() if is_tar(name) and passed_over is None)
+        for name in tars:
+            del self._beside[name]
             _merge(self._parts, _listed(self.path / name), name[: -len(".tar")], self.path)
         for name in self._parts.keys() & self._beside:
             raise UserError(f"{self.path}: a tar and a folder both have a file {name}: rename one of them")
 
+    def files(self) -> dict[str, str | None]:
+        """All files by name, in no particular order, and why one is passed over, None if it is not."""
+        return {name: HIDDEN if is_hidden(name) else None for name in self._parts} | self._beside
+
     def names(self) -> list[str]:
-        """All files, in no particular order."""
-        return [*self._parts, *self._beside]
+        """All files that are not passed over, in no particular order."""
+        return [name for name, passed_over in self.files().items() if passed_over is None]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        return name in self._parts or name in self._beside
 
     def read(self, name: str) -> bytes:
         """The content of one file; `UserError` names it if it cannot be read, and as `BadFile` if it is a link."""
@@ -83,14 +95,14 @@ def _walked(file: BinaryIO, place: Path, label: Path, first: int) -> _Parts:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while member := tar.next():
                 tar.members.clear()  # it would keep the headers of a million files
-                name = _plain(member.name)
+                name = plain_name(member.name)
                 if member.islnk():
-                    parts[name] = parts.get(_plain(member.linkname))
+                    parts[name] = parts.get(plain_name(member.linkname))
                 elif member.isdir():
                     continue
                 elif not member.isreg() or member.issparse():
                     parts[name] = None
-                elif is_tar(name):
+                elif is_tar(name) and not is_hidden(name):
                     inside = tar.extractfile(member)
                     inner[name[: -len(".tar")]] = _walked(inside, place, label / name, first + member.offset_data)
                 else:
@@ -105,10 +117,6 @@ def _walked(file: BinaryIO, place: Path, label: Path, first: int) -> _Parts:
     for folder, files in inner.items():
         _merge(parts, files, folder, label)
     return parts
-
-
-def _plain(name: str) -> str:
-    return Path(name.strip("/")).as_posix()  # "./a/b" -> "a/b"
 
 
 def _merge(parts: _Parts, more: _Parts, folder: str, label: Path) -> None:

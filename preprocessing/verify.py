@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dataset import LATENTS, MANIFEST, open_latents, read_manifest
 from errors import UserError
-from file_layout import FileLatents
+from file_layout import FileLatents, UnreadableFolder
 from files import file_sha256
 from preprocessing.images import list_images
 from preprocessing.pack import check_files
@@ -32,6 +32,8 @@ def info(path: str | Path) -> str:
     except UserError as not_latents:
         try:
             images = list_images(path)
+        except UnreadableFolder:
+            raise
         except UserError:
             raise not_latents from None
         height, width = images.read(0).shape[:2]
@@ -170,6 +172,8 @@ def _damage_of_shard(
                 digest.update(content)
                 if zlib.crc32(content) != checksum:
                     damaged.append(f"{name} (row {row} of {place.name})")
+                elif field == "moments" and _has_negative_std(content, manifest):
+                    damaged.append(f"{name} (row {row} of {place.name}): its std is negative, it was no moments")
                 bar.update()
             digest.update(file.read())
     except OSError as error:
@@ -177,6 +181,13 @@ def _damage_of_shard(
     if digest.hexdigest() != shard["sha256"] and not damaged:
         return [f"{place.name}, though not in its samples: its header or its length"]
     return damaged
+
+
+def _has_negative_std(content: bytes, manifest: dict[str, Any]) -> bool:
+    """Whether a stored row cannot be mean and std, of one view or two: latents already drawn were packed as moments."""
+    channels, *size = manifest["latent_shape"]
+    moments = np.frombuffer(content, manifest["dtype"]).reshape(-1, channels, *size)
+    return bool((moments[:, channels // 2 :] < 0).any())
 
 
 def _sha256(place: Path) -> str | None:

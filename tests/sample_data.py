@@ -1,7 +1,10 @@
 """Small datasets for the tests of what makes and reads them, and processes to be killed while they make them."""
 
+import ctypes
 import json
 import multiprocessing
+import multiprocessing.sharedctypes
+import os
 import random
 import shutil
 import signal
@@ -9,10 +12,12 @@ import sys
 import threading
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from errors import UserError
 from preprocessing import dataset_tools
 from preprocessing.packed_writer import packed_manifest, write_packed
 
@@ -78,7 +83,9 @@ def write_files(folder, count=COUNT, shape=(8, 4, 4), dtype="float32"):
     for index in range(count):
         name = f"{index // 10:05d}/img-mean-std-{index:08d}.npy"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        np.save(folder / name, rng.normal(size=shape).astype(np.float16).astype(dtype))  # float16 loses nothing
+        moments = rng.normal(size=shape).astype(np.float16).astype(dtype)  # float16 loses nothing
+        moments[len(moments) // 2 :] = np.abs(moments[len(moments) // 2 :])  # std
+        np.save(folder / name, moments)
         labels[name] = int(rng.integers(0, 4))
     (folder / "dataset.json").write_text(json.dumps({"labels": list(labels.items())[::-1]}))
     return labels
@@ -99,6 +106,59 @@ def run_main(monkeypatch, *arguments):
     return 0
 
 
+def in_process(work, seconds=60):
+    """What `work()` returns in a process of its own; of a `UserError` the message. Fails if that takes longer."""
+
+    def told(results):
+        try:
+            results.send(work())
+        except UserError as error:
+            results.send(str(error))
+
+    result, results = multiprocessing.get_context("fork").Pipe(duplex=False)
+    process = start(told, results)
+    results.close()
+    try:
+        assert result.poll(seconds), f"no result after {seconds} s"
+        return result.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def ordinary_user(work):
+    """`in_process`, by a user for whom folders may be unreadable; root reads all."""
+
+    def as_nobody():
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        return work()
+
+    return in_process(as_nobody)
+
+
+def with_mount(place, work, kind="tmpfs", options="size=64k", source="tmpfs"):
+    """`in_process`, where a file system is mounted on `place` that no other process sees. Skips where none may be."""
+
+    def mounted():
+        libc = ctypes.CDLL(None, use_errno=True)
+        new_namespace, recursive_private, bind = 0x20000, 0x44000, 0x1000
+        flags = bind if kind == "bind" else 0
+        if (
+            libc.unshare(new_namespace)
+            or libc.mount(b"none", b"/", None, recursive_private, None)
+            or libc.mount(os.fsencode(source), os.fsencode(place), kind.encode(), flags, options.encode())
+        ):
+            return "skip", os.strerror(ctypes.get_errno())
+        return "done", work()
+
+    state, result = in_process(mounted)
+    if state == "skip":
+        pytest.skip(f"no file system may be mounted here: {result}")
+    return result
+
+
 def start(work, *arguments):
     """Start `work(*arguments)` in a process of its own, which has all modules loaded already."""
 
@@ -111,24 +171,65 @@ def start(work, *arguments):
     return process
 
 
-def killed_after(work, seconds):
-    """Run `work` in a process of its own and kill it -9 after some seconds; whether it had ended before."""
-    process = start(work)
-    process.join(seconds)
-    process.kill()
+def dying_at(moment, folder):
+    """From here on count what this process does to files below `folder`, and die -9 just before that number of it.
+
+    A moment so named is one of the work, however slow the machine is just now. Returns the count, as it grows, and a
+    function that counts one thing more.
+    """
+    count, process = multiprocessing.sharedctypes.RawValue("q", 0), os.getpid()
+
+    def reach():
+        count.value += 1
+        if count.value == moment:
+            os.kill(process, signal.SIGKILL)
+
+    def look(_, arguments):  # Python's audit events: open, os.rename, os.remove, ...
+        if os.getpid() == process and any(isinstance(a, str) and a.startswith(str(folder)) for a in arguments):
+            reach()
+
+    sys.addaudithook(look)
+    return count, reach
+
+
+def killed_at(work, moment, folder):
+    """Run `work` in a process of its own that dies -9 at a moment of `dying_at`; whether it had ended before."""
+
+    def doomed():
+        dying_at(moment, folder)
+        work()
+
+    process = start(doomed)
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode == 0
 
 
-def kill_ten_times(command, dest, whole, seconds):
-    """Kill a command -9 at ten random moments of the `seconds` it takes, and let it complete after any number of kills.
+def moments_of(work, folder):
+    """How many moments of `dying_at` the work has, in a process of its own."""
+    total = multiprocessing.sharedctypes.RawValue("q", 0)
+
+    def counted():
+        count, _ = dying_at(None, folder)
+        work()
+        total.value = count.value
+
+    process = start(counted)
+    process.join()
+    assert process.exitcode == 0 and total.value > 3
+    return total.value
+
+
+def kill_ten_times(command, dest, whole):
+    """Kill a command -9 at ten random moments of its work, and let it complete after any number of kills.
 
     Every time it completes `dest` has to hold `whole`, what it made uninterrupted; then it begins anew.
     """
+    total = moments_of(command, dest)
+    shutil.rmtree(dest)
     moments, kills = random.Random(0), 0
     while kills < 10:
-        if killed_after(command, moments.uniform(0, 0.7 * seconds)):
+        if killed_at(command, moments.randint(1, total), dest):
             assert contents(dest) == whole
             shutil.rmtree(dest)
         else:

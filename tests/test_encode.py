@@ -6,14 +6,25 @@ import resource
 import shutil
 import signal
 import socket
-import time
+import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_data import CLASSES, contents, kill_ten_times, killed_after, make_images, make_vae, start
+from sample_data import (
+    CLASSES,
+    contents,
+    in_process,
+    kill_ten_times,
+    killed_at,
+    make_images,
+    make_vae,
+    start,
+    with_mount,
+)
 
 from dataset import PackedLatents
 from errors import UserError
@@ -21,6 +32,7 @@ from files import only_writer
 from preprocessing import encode as encode_module
 from preprocessing import packed_writer
 from preprocessing.encode import encode
+from preprocessing.encode_ssl import encode_ssl
 from preprocessing.images import list_images
 
 
@@ -127,21 +139,19 @@ def interrupted(tmp_path, vae_folder, small_units):
     """Sixty images, what an uninterrupted command makes of them, and that command for another destination."""
     images = make_images(tmp_path / "images", {"a": 30, "b": 30})
     options = dict(batch_size=3, num_workers=0, flip=True, with_images=True, shard_rows=10)
-    began = time.monotonic()
     encode(images, tmp_path / "whole", vae_folder, **options)
     dest = tmp_path / "packed"
-    seconds = time.monotonic() - began
-    return dest, contents(tmp_path / "whole"), lambda: encode(images, dest, vae_folder, **options), seconds
+    return dest, contents(tmp_path / "whole"), lambda: encode(images, dest, vae_folder, **options)
 
 
 def test_killed_at_ten_random_moments_the_same_command_completes(interrupted):
-    dest, whole, command, seconds = interrupted
-    kill_ten_times(command, dest, whole, seconds)
+    dest, whole, command = interrupted
+    kill_ten_times(command, dest, whole)
 
 
 def test_killed_at_every_rename_the_same_command_completes(interrupted, monkeypatch):
     """Each run gets one file further: to the point just after it appears under its name."""
-    dest, whole, command, _ = interrupted
+    dest, whole, command = interrupted
     real = Path.replace
 
     def replace_and_die(self, target):
@@ -152,7 +162,7 @@ def test_killed_at_every_rename_the_same_command_completes(interrupted, monkeypa
 
     monkeypatch.setattr(Path, "replace", replace_and_die)
     runs = 0
-    while not killed_after(command, 60):
+    while not killed_at(command, None, dest):
         runs += 1
         assert runs < 100
         if not (dest / "dataset.json").exists():
@@ -164,7 +174,7 @@ def test_killed_at_every_rename_the_same_command_completes(interrupted, monkeypa
 
 def test_a_full_disk_is_reported_and_what_is_written_stays(interrupted, tmp_path):
     """No file may grow beyond 7,000 bytes: enough for units, too little for the first shard of images."""
-    dest, whole, command, _ = interrupted
+    dest, whole, command = interrupted
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (7000, 7000))
@@ -186,7 +196,7 @@ def test_a_full_disk_is_reported_and_what_is_written_stays(interrupted, tmp_path
 
 def test_processes_share_the_work_and_change_nothing(tmp_path, interrupted, monkeypatch):
     """Two processes that meet over gloo, as `accelerate launch` starts them; the first time one of them is killed."""
-    dest, whole, command, _ = interrupted
+    dest, whole, command = interrupted
     real = packed_writer.PackedJob.write_unit
 
     def rank(number, port, kill_at):
@@ -227,6 +237,56 @@ def test_a_second_encoder_is_turned_away(tmp_path, images, vae_folder):
     ):
         encode(images, tmp_path / "packed", vae_folder, num_workers=0)
     encode(images, tmp_path / "packed", vae_folder, num_workers=0)
+
+
+# ---- what workers send
+
+
+@pytest.fixture(params=["encode", "encode-ssl"])
+def large(request, tmp_path, vae_folder, monkeypatch):
+    """A command whose workers send batches of 192 KB, and what it makes without workers."""
+    rng, images = np.random.default_rng(0), tmp_path / "images"
+    for index in range(12):
+        (images / "a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(images / "a" / f"{index}.png")
+
+    def command(dest, num_workers):
+        if request.param == "encode":
+            encode(images, dest, vae_folder, batch_size=4, num_workers=num_workers)
+        else:
+            vit = "timm:test_vit"
+            encode_ssl(images, dest, vit, "random", batch_size=4, num_workers=num_workers, tokens_a_side=4)
+
+    command(tmp_path / "whole", 0)
+    return lambda: command(tmp_path / "packed", 2) or contents(tmp_path / "packed"), contents(tmp_path / "whole")
+
+
+def test_workers_need_no_sockets(large, tmp_path, monkeypatch):
+    """The names of sockets have 108 bytes at most, and their place is TMPDIR."""
+    command, whole = large
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert in_process(command, seconds=30) == whole
+
+
+def test_workers_need_no_shared_memory(large):
+    command, whole = large
+    assert with_mount("/dev/shm", command) == whole
+
+
+def test_pixels_are_kept_only_if_they_are_stored(tmp_path, images, vae_folder, monkeypatch):
+    alive, most, real = weakref.WeakSet(), [], encode_module.encode_moments
+
+    def network(vae, pixels):
+        alive.add(pixels)
+        most.append(len(alive))
+        return real(vae, pixels)
+
+    monkeypatch.setattr(encode_module, "encode_moments", network)
+    encode(images, tmp_path / "without", vae_folder, batch_size=1, num_workers=0)
+    assert max(most) <= 2 < len(most) == 9
 
 
 # ---- destinations that are something else

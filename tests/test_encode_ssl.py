@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-import time
 from collections import namedtuple
 
 import numpy as np
@@ -88,19 +87,17 @@ def interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(packed_writer, "UNIT_ROWS", 4)
     images, dest = make_images(tmp_path / "images", {"a": 30, "b": 30}), tmp_path / "features"
     options = dict(batch_size=3, flip=True, shard_rows=10)
-    began = time.monotonic()
     encode_few(images, tmp_path / "whole", **options)
-    seconds = time.monotonic() - began
-    return dest, contents(tmp_path / "whole"), lambda: encode_few(images, dest, **options), seconds
+    return dest, contents(tmp_path / "whole"), lambda: encode_few(images, dest, **options)
 
 
 def test_killed_at_ten_random_moments_the_same_command_completes(interrupted):
-    dest, whole, command, seconds = interrupted
-    kill_ten_times(command, dest, whole, seconds)
+    dest, whole, command = interrupted
+    kill_ten_times(command, dest, whole)
 
 
 def test_two_processes_share_the_work_and_the_first_alone_fetches_first(tmp_path, interrupted, monkeypatch):
-    dest, whole, command, _ = interrupted
+    dest, whole, command = interrupted
     real_write, real_load = packed_writer.PackedJob.write_unit, encode_ssl_module.load_encoder
 
     def rank(number, port):

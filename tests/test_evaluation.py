@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_processes import launch
 
 import evaluate as command
 from errors import UserError
-from evaluation import ImageArchive, compare, evaluate, extract, extraction, frechet_distance, metrics
+from evaluation import ImageArchive, compare, evaluate, extract, extraction, frechet_distance, metrics, open_images
 from evaluation.features import Features
 from evaluation.statistics import FeatureStatistics
 
@@ -610,7 +611,7 @@ def bad_archives(folder, rng):
     np.savez(folder / "half.npz", arr_0=images, mu=np.zeros(5))
     (folder / "truncated.npz").write_bytes((folder / "good.npz").read_bytes()[:700])
     (folder / "text.npz").write_text("no archive")
-    np.save(folder / "array.npy", images)
+    np.save(folder / "array.npy", images / 255)
     return [
         ("missing.npz", "no such file"),
         ("unnamed.npz", "arr_0"),
@@ -622,7 +623,7 @@ def bad_archives(folder, rng):
         ("half.npz", "only one of mu and sigma"),
         ("truncated.npz", "not a complete"),
         ("text.npz", "not a complete"),
-        ("array.npy", "not a complete"),
+        ("array.npy", "float64 of shape (20, 4, 6, 3)"),
     ]
 
 
@@ -647,3 +648,106 @@ def test_bad_flags_exit_2_with_one_line(rng, tmp_path, monkeypatch, capsys):
         code, _, err = run(monkeypatch, capsys, tmp_path / "r.npz", tmp_path / "r.npz", *flags)
         assert (code, err.count("\n")) == (2, 1), (flags, err)
         assert flags[0] in err and flags[1] in err
+
+
+# ---------------------------------------------------------------- folders and arrays
+
+
+def write_folder(folder, images, suffixes=("png", "bmp", "webp", "tif")):
+    """Images in files of several lossless kinds, and in class folders, numbered so that names sort as they do."""
+    for index, image in enumerate(images):
+        path = folder / f"class{index * 2 // len(images)}" / f"{index:04d}.{suffixes[index % len(suffixes)]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path, lossless=True)
+    return folder
+
+
+def test_a_folder_and_an_array_score_as_their_archive(rng, tmp_path, monkeypatch, capsys):
+    reference, samples = colour_images(rng, 40), colour_images(rng, 33, 0.8)
+    np.savez(tmp_path / "r.npz", arr_0=reference)
+    np.savez(tmp_path / "s.npz", arr_0=samples)
+    np.save(tmp_path / "s.npy", samples)
+    folders = [write_folder(tmp_path / name, images) for name, images in (("r", reference), ("s", samples))]
+    for other in (".hidden.png", "class0/.DS_Store", "class0/notes.txt", "@eaDir/0.png", "class1/__MACOSX/0.png"):
+        path = folders[1] / other
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no image")
+    found, cache = [], tmp_path / "cache"
+    for pair in (("r.npz", "s.npz"), ("r", "s"), ("r", "s.npy"), ("r.npz", "s")):
+        code, _, err = run(monkeypatch, capsys, *(tmp_path / name for name in pair), "--json", tmp_path / "m.json",
+                           "--cache", cache)  # fmt: skip
+        assert code == 0, err
+        result = json.loads((tmp_path / "m.json").read_text())
+        found.append(result["metrics"])
+        assert (result["samples"]["images"], result["samples"]["size"]) == (33, [4, 6])
+    assert found[0] == found[1] == found[2] == found[3]
+    assert len(list(cache.iterdir())) == 5
+    before = open_images(folders[1]).sha256
+    (folders[1] / "class0" / "0000.png").write_bytes((folders[1] / "class0" / "0004.png").read_bytes())
+    assert open_images(folders[1]).sha256 != before
+
+
+def test_a_folder_gives_every_nth_batch_upright_in_rgb(rng, tmp_path):
+    images = colour_images(rng, 10)
+    folder = open_images(write_folder(tmp_path / "f", images))
+    for first in range(3):
+        expected = [images[start : start + 4] for start in range(0, 10, 4)][first::3]
+        assert all((a == b).all() for a, b in zip(folder.batches(4, first, 3), expected, strict=True))
+    grey, turned = tmp_path / "g", Image.Exif()
+    grey.mkdir()
+    turned[0x0112] = 6
+    Image.fromarray(images[0, :, :, 0]).save(grey / "a.png")
+    Image.fromarray(np.rot90(images[0])).save(grey / "b.png", exif=turned)
+    assert np.array_equal(next(open_images(grey).batches(2)), [images[0, :, :, :1].repeat(3, axis=2), images[0]])
+
+
+def test_folders_and_arrays_that_cannot_be_scored_are_one_line(rng, tmp_path, monkeypatch, capsys):
+    images = colour_images(rng, 20)
+    np.savez(tmp_path / "good.npz", arr_0=images)
+    write_folder(tmp_path / "mixed", images)
+    Image.fromarray(images[0, :3]).save(tmp_path / "mixed" / "class0" / "0003.png")
+    write_folder(tmp_path / "broken", images)
+    (tmp_path / "broken" / "class1" / "0012.png").write_bytes(b"no image")
+    write_folder(tmp_path / "cut", colour_images(rng, 20))
+    big = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for index in range(20):
+        (tmp_path / "cut" / "x").mkdir(exist_ok=True)
+        Image.fromarray(big).save(tmp_path / "cut" / "x" / f"{index}.png")
+    for folder in ("class0", "class1"):
+        for file in (tmp_path / "cut" / folder).iterdir():
+            file.unlink()
+    content = (tmp_path / "cut" / "x" / "7.png").read_bytes()
+    (tmp_path / "cut" / "x" / "7.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    np.save(tmp_path / "float.npy", images / 255)
+    np.save(tmp_path / "first.npy", images.transpose(0, 3, 1, 2))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "first.npy").read_bytes()[:300])
+    for name, words in (
+        ("mixed", "images of different sizes"),
+        ("broken", "0012.png: cannot be read as an image"),
+        ("empty", "no images in this folder"),
+        ("float.npy", "float64 of shape (20, 4, 6, 3)"),
+        ("first.npy", "uint8 of shape (20, 3, 4, 6)"),
+        ("cut.npy", "not a complete .npy"),
+        ("none.npy", "no such file"),
+        ("unfinished", "no checkpoint at"),
+    ):
+        for pair in ((name, "good.npz"), ("good.npz", name)):
+            if name == "unfinished" and pair[0] == name:
+                continue
+            code, _, err = run(monkeypatch, capsys, *(tmp_path / each for each in pair))
+            assert (code, err.count("\n")) == (2, 1) and words in err, (pair, err)
+    code, _, err = run(monkeypatch, capsys, tmp_path / "cut", tmp_path / "cut")  # its header is whole
+    assert code == 2 and "7.png: cannot be read as an image" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_the_recipe_of_a_folder_of_samples_travels_with_the_number(rng, tmp_path, monkeypatch, capsys):
+    """generate.py --png writes NAME/ beside NAME.json, whatever dots are in the name."""
+    write_folder(tmp_path / "run-cfg1.5", colour_images(rng, 20))
+    (tmp_path / "run-cfg1.5.json").write_text(json.dumps({"classes": "balanced"}))
+    pair = [tmp_path / "run-cfg1.5"] * 2
+    assert run(monkeypatch, capsys, *pair, "--json", tmp_path / "m.json")[0] == 0
+    assert json.loads((tmp_path / "m.json").read_text())["recipe"] == {"classes": "balanced"}
+    code, _, err = run(monkeypatch, capsys, *pair, "--json", tmp_path / "run-cfg1.5.json")
+    assert code == 2 and "there generate.py tells" in err

@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-import time
 import zipfile
 
 import numpy as np
@@ -14,8 +13,10 @@ from sample_data import COUNT, contents, kill_ten_times, write_files
 
 from dataset import DataOrder, PackedLatents, latent_batches, open_latents
 from errors import UserError
+from file_layout import FileLatents
 from preprocessing import packed_writer
 from preprocessing.pack import pack, pairing_name
+from preprocessing.verify import info, verify
 
 
 @pytest.fixture
@@ -73,11 +74,9 @@ def test_killed_at_ten_random_moments_the_same_command_completes(tmp_path, image
     def command(dest):
         pack(source, dest, images=images, num_workers=num_workers, shard_rows=5)
 
-    began = time.monotonic()
     command(tmp_path / "whole")
-    seconds = time.monotonic() - began
     dest = tmp_path / "packed"
-    kill_ten_times(lambda: command(dest), dest, contents(tmp_path / "whole"), seconds)
+    kill_ten_times(lambda: command(dest), dest, contents(tmp_path / "whole"))
 
 
 # ---- images
@@ -143,6 +142,54 @@ def test_latents_that_cannot_be_packed_are_named(tmp_path, source, spoil, messag
     with pytest.raises(UserError, match=message):
         pack(source, tmp_path / "packed", num_workers=num_workers)
     assert not (tmp_path / "packed" / "dataset.json").exists()
+
+
+def test_latents_already_drawn_are_no_moments(tmp_path, capsys):
+    """Half of them would be trained on as the mean, the other half as the std."""
+    for shape, message in [
+        (
+            (4, 4, 4),
+            r"holds \(4, 4, 4\) float32 \(latents already drawn\?\), expected moments \(8, h, w\) of the SD-VAE",
+        ),
+        ((16, 4, 4), r"holds \(16, 4, 4\) float32, expected moments \(8, h, w\) of the SD-VAE"),
+    ]:
+        drawn = tmp_path / str(shape[0])
+        write_files(drawn, shape=shape)
+        for command in (lambda path: pack(path, tmp_path / "packed", num_workers=0), verify, open_latents, info):
+            with pytest.raises(UserError, match=message):
+                command(drawn)
+    assert not (tmp_path / "packed" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("row", [0, 15])
+def test_moments_without_a_std_are_named(tmp_path, source, row, capsys):
+    """Of the first sample at once, of another when it is read; with moments of VAEs of 8 channels these are drawn."""
+    file = source / f"0000{row // 10}" / f"img-mean-std-{row:08d}.npy"
+    moments = np.load(file)
+    moments[5, 1, 1] = -1e-3
+    np.save(file, moments)
+    message = f"{row:08d}.npy has a negative std in its last 4 channels, expected moments"
+    for command in (lambda path: pack(path, tmp_path / "packed", num_workers=1), verify):
+        with pytest.raises(UserError, match=message):
+            command(source)
+    with pytest.raises(UserError, match=message):
+        open_latents(source).gather(np.array([row]))
+    assert not (tmp_path / "packed" / "dataset.json").exists()
+
+
+def test_latents_that_were_packed_as_moments_are_found(tmp_path, source, monkeypatch):
+    """By the command as it was."""
+    real, row = FileLatents.gather, 15
+
+    def drawn(data, indices):
+        moments, labels = real(data, indices)
+        moments[row] *= -1
+        return moments, labels
+
+    monkeypatch.setattr(FileLatents, "gather", drawn)
+    pack(source, tmp_path / "packed", num_workers=0)
+    with pytest.raises(UserError, match=r"00000015\.npy \(row 15 of moments-00000\.npy\): its std is negative"):
+        verify(tmp_path / "packed")
 
 
 def test_what_is_not_in_the_official_layout_is_refused(tmp_path, source):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing.pixels import center_crop, center_crop_dhariwal, read_rgb
+from image_files import read_rgb
+from preprocessing.pixels import center_crop, center_crop_dhariwal
 
 
 def encoded(image, kind="PNG", **options):

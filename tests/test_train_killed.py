@@ -1,4 +1,4 @@
-"""Runs killed -9 at random moments and started again until done: nothing is lost, nothing differs.
+"""Runs killed -9 at random moments of their work and started again until done: nothing is lost, nothing differs.
 
 DEEPFLOW_KILLED_RUNS=100 python -m pytest tests/test_train_killed.py        as many as that, where the default is a few
 """
@@ -9,16 +9,17 @@ import random
 import re
 import shutil
 import signal
-import time
 
 import pytest
+from sample_data import dying_at
 from training_runs import assert_same_run
 
 import train
 from training.checkpointing import saved_steps
+from training.ema import EMA
 from training.options import parse_options
 
-RUNS = int(os.environ.get("DEEPFLOW_KILLED_RUNS", "5"))
+RUNS = int(os.environ.get("DEEPFLOW_KILLED_RUNS", "3"))
 # Processes with the modules loaded, forked from one that has never trained: other tests may leave autograd threads.
 FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["train"])
@@ -31,37 +32,38 @@ def first_step_of(log):
     return match and int(match[1])
 
 
-def train_logged(line, log):
-    """Train, with all that is printed in a file."""
+def train_logged(line, folder, log, moment):
+    """Train until a moment of `dying_at`, steps counted too, with all that is printed and their number in a file."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    count, reach = dying_at(moment, folder)
+    update = EMA.update
+    EMA.update = lambda *given: (reach(), update(*given))
     train.train(parse_options(line))
+    print(f"{count.value} moments", flush=True)
 
 
 def test_killed_runs_lose_no_more_than_since_the_last_checkpoint(command, tmp_path):
     flags = ("--checkpointing-steps", EVERY, "--keep-last", "2")
 
-    def start_process(name, log):
-        process = FRESH.Process(target=train_logged, args=(command(*flags, name=name, steps=10), log))
+    def attempt(name, log, moment):
+        line = command(*flags, name=name, steps=10)
+        process = FRESH.Process(target=train_logged, args=(line, tmp_path / name, log, moment))
         process.start()
+        process.join()
         return process
 
-    began = time.perf_counter()
-    whole = start_process("whole", tmp_path / "whole.log")
-    whole.join()
-    seconds = time.perf_counter() - began
-    assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
+    log = tmp_path / "whole.log"
+    assert attempt("whole", log, None).exitcode == 0, log.read_text()
+    total = int(re.search(r"(\d+) moments", log.read_text())[1])
     moments, kills = random.Random(0), 0
     for number in range(RUNS):
         name, log = f"run{number}", tmp_path / f"run{number}.log"
         run, reached = tmp_path / name, 0
         for _ in range(60):
             before = max(saved_steps(run), default=0)
-            process = start_process(name, log)
-            process.join(moments.uniform(0, 1.5 * seconds))
-            process.kill()  # does nothing if it has ended
-            process.join()
+            process = attempt(name, log, moments.randint(1, total))
             assert first_step_of(log) in (None, before) and reached - before <= EVERY
             if process.exitcode == 0:
                 break

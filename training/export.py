@@ -14,6 +14,7 @@ import torch
 from errors import OneLineParser, UserError, exits_on_user_error
 from files import write_text
 from models import checkpoints
+from models.vae import portable_name
 from training.logging import read_metrics
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,8 +32,8 @@ Averaged weights (decay {ema}) of a {model} of {parameters:.1f} M parameters, fo
 classes, after {step} optimizer steps ({epochs:.1f} epochs of {images} images). Method: Deeply Supervised Flow-Based
 Generative Models, [arXiv 2503.14494](https://arxiv.org/abs/2503.14494).
 
-- **Sampling**: `python generate.py --ckpt {file}`; VAE `{vae}`, latents scaled by {scaling_factor:g}, {path_type} path,
-  t = 0 is data, null class {classes}.
+- **Sampling**: `python generate.py --ckpt {file}`; VAE `{vae}`{vae_weights}, latents scaled by
+  {scaling_factor:g}, {path_type} path, t = 0 is data, null class {classes}.
 - **Precision** of this file: {dtype}; trained in {precision}.
 - **Loss** at the end: {loss}.
 - **Evaluation**: add the table of `evaluate.py` and the settings beside its samples.
@@ -81,6 +82,8 @@ def export(source: str | Path, dest: str | Path, dtype: str = "float32", license
         name: tensor.to(DTYPES[dtype]) if name != FIXED else tensor for name, tensor in checkpoint.weights.items()
     }
     metadata = {**checkpoint.metadata, "dtype": dtype, "license": license_name}
+    if isinstance(metadata.get("vae"), str):
+        metadata["vae"] = portable_name(metadata["vae"])  # older checkpoints hold the place on the machine that wrote
     card = describe(dest, checkpoint, metadata, file.parent)
     checkpoints.save(dest, weights, checkpoint.config, metadata)
     write_text(dest.with_suffix(".md"), card)
@@ -98,7 +101,8 @@ def describe(dest: Path, checkpoint: checkpoints.Checkpoint, metadata: dict[str,
         classes=checkpoint.config["num_classes"],
         epochs=training.get("epochs", float("nan")),
         images=training.get("images", "unknown"),
-        precision=training.get("mixed_precision", "unknown"),
+        precision={"no": "float32"}.get(precision := training.get("mixed_precision", "unknown"), precision),
+        vae_weights=f", weights SHA-256 {sha256[:12]}..." if (sha256 := metadata.get("vae_sha256")) else "",
         loss=f"{losses[-1]:.4f}" if losses else "see the run's metrics.jsonl",
         config=json.dumps(checkpoint.config, indent=1),
         training=json.dumps(training, indent=1),

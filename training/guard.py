@@ -5,18 +5,26 @@ apply the step only if all are finite; the host reads them while the device is b
 waited for.
 """
 
+import errno
+import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 NamedTerms = tuple[Tensor, dict[str, Tensor]]  # dataset indices (B,), and per-sample loss terms (B,) by name
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+LESS_MEMORY = (
+    "raise --gradient-accumulation-steps, which computes the same in smaller parts, add --activation-checkpointing, or "
+    "lower --batch-size"
+)
 MAX_SKIPPED = 30  # halvings of the loss scale in a row, after which no scale will do
 
 
@@ -98,11 +106,51 @@ def non_finite_terms(rank: int, terms: Iterable[NamedTerms], limit: int = 8) -> 
 
 @contextmanager
 def stop_request() -> Iterator[Event]:
-    """An event that SIGTERM or SIGUSR1 sets, in place of ending the process at once."""
+    """An event that SIGTERM, SIGUSR1 or SIGHUP sets, in place of ending the process at once.
+
+    A hang-up that is ignored, as under `nohup`, stays so; one that comes takes the terminal away, see `Output`.
+    """
     stop = Event()
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in STOP_SIGNALS}
+    heard = STOP_SIGNALS - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set())
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in heard}
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Output, streams)
     try:
         yield stop
     finally:
+        sys.stdout, sys.stderr = streams
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+class Output:
+    """A text stream whose reader may go away, a terminal or a pipe, without ending the run that writes to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write; from the moment that there is no reader, to nowhere."""
+        with self._forgiving():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, likewise."""
+        with self._forgiving():
+            self._stream.flush()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            # What is buffered would fail again at the end of the process, and change its exit code.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

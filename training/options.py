@@ -5,8 +5,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import OneLineParser, UserError
+from errors import OneLineParser, UserError, tell
 from flags import PRECISIONS, number, numbers
+from processes import launcher_setting
 
 # What, with architecture and data, makes two runs one experiment: a checkpoint continues only under equal values.
 EXPERIMENT = (
@@ -99,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(int, 1), default=1400, help="stop after so many passes over the data")
     add("--max-train-steps", type=number(int, 0), default=400_000, help="or after so many optimizer steps; "
         "0 writes the untrained weights")  # fmt: skip
-    add("--gradient-accumulation-steps", type=number(int, 1), default=1, help="micro-batches per optimizer step")
+    add("--gradient-accumulation-steps", type=number(int, 1), help="micro-batches per optimizer step "
+        "(default: accelerate launch's, else 1)")  # fmt: skip
     add("--learning-rate", type=number(float, 0), default=1e-4, help="AdamW's step size")
     add("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the end")
     add("--adam-beta1", type=number(float, 0, 1, below=True), default=0.9, help="decay of the first moment")
@@ -112,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ema-std", type=number(float, 0.01, 0.28), nargs="*", default=[], metavar="S",
         help="averages of power-function profile too, by their width relative to the run's length")  # fmt: skip
     add("--mixed-precision", choices=list(PRECISIONS), help="precision of the network's forward and backward "
-        "(default: fp16 on a GPU, else no)")  # fmt: skip
+        "(default: accelerate launch's, if bf16 or fp16; else fp16 on a GPU, no on the CPU)")  # fmt: skip
     add("--activation-checkpointing", action=boolean, default=False, help="compute blocks again in the backward "
         "rather than keep their activations: a third more time, a fraction of the memory")  # fmt: skip
     add("--compile", action=boolean, default=False, help="compile each block (torch.compile): slow start, faster steps")
@@ -126,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preview-samples", type=number(int, 1), default=40, help="images of a preview")
     add("--preview-cfg-scale", type=number(float, 0), default=1.5, help="classifier-free guidance scale of previews")
     add("--preview-vae", help="VAE that decodes them, a local folder or hub name (default: the data's own)")
-    add("--preview-reference", metavar="REF.npz", help="also log the Frechet distance of the previews to these images")
+    add("--preview-reference", metavar="REF", help="also log the Frechet distance of the previews to these images")
     add("--preview-features", choices=["inception", "demo"], default="inception", help="feature network of that "
         "distance")  # fmt: skip
     add("--preview-feature-weights", metavar="FILE", help="its weights (default: its own, or by download)")
@@ -146,7 +148,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--scale-weight {options.scale_weight} given, expected weights of 0 or more")
     if options.exp_name in {"", ".", ".."} or set(options.exp_name) & set("/\\"):
         raise UserError(f"--exp-name {options.exp_name!r} given, expected the name of one folder")
+    try:
+        options.exp_name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--exp-name {options.exp_name!a} given, expected text in UTF-8") from None
     resolve_alignment(options)
+    resolve_accumulation(options)
     if Path(options.logging_dir).is_absolute() or ".." in Path(options.logging_dir).parts:
         raise UserError(f"--logging-dir {options.logging_dir!r} given, expected a folder inside the run's")
     if not options.ema_decay + options.ema_std:
@@ -163,6 +170,43 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"--report-to {options.report_to} given, but it is not installed: pip install {options.report_to}"
         )
     return options
+
+
+def resolve_accumulation(options: argparse.Namespace) -> None:
+    """Fill in the accumulation that was left open: `accelerate launch`'s, else none. One line tells if they differ.
+
+    Raises:
+        UserError: if `accelerate launch` was told what is no number of micro-batches.
+    """
+    given, text = options.gradient_accumulation_steps, launcher_setting("gradient_accumulation_steps")
+    try:
+        launcher = None if text is None else number(int, 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"accelerate launch's gradient_accumulation_steps: {error}") from None
+    options.gradient_accumulation_steps = given or launcher or 1
+    if launcher not in (None, options.gradient_accumulation_steps):
+        tell(
+            f"note: accelerate launch says gradient_accumulation_steps {launcher}, but --gradient-accumulation-steps "
+            f"{given} counts"
+        )
+
+
+def resolve_precision(options: argparse.Namespace, device_type: str) -> None:
+    """Fill in the precision that was left open: `accelerate launch`'s where it names one, else the device's own.
+
+    "no" is what `accelerate launch` says where nobody chose, and so chooses nothing. One line tells if it says other
+    than what is done.
+    """
+    launcher, given = launcher_setting("mixed_precision"), options.mixed_precision
+    if given is None:
+        usable = launcher in ("bf16", "fp16") and not (launcher == "fp16" and device_type == "cpu")
+        options.mixed_precision = launcher if usable else "fp16" if device_type == "cuda" else "no"
+    if launcher not in (None, options.mixed_precision):
+        whose = "" if given else ", the default on this device,"
+        tell(
+            f"note: accelerate launch says mixed_precision {launcher}, but --mixed-precision "
+            f"{options.mixed_precision}{whose} counts"
+        )
 
 
 def resolve_alignment(options: argparse.Namespace) -> None:

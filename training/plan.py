@@ -22,10 +22,12 @@ from files import file_sha256
 from models import DeepFlow, create_model
 from models.presets import model_config
 from models.ssl_encoders import RANDOM, encoder_width, require_weights
+from models.vae import portable_name
+from processes import require_compiler
 from ssl_features import PackedFeatures
 from training import checkpointing
 from training.logging import code_commit
-from training.options import EXPERIMENT
+from training.options import EXPERIMENT, resolve_precision
 from training.parallel import is_sharded
 
 # What a dry run assumes where there is no data yet: ImageNet's training set in the SD-VAE's latents.
@@ -80,10 +82,11 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
     Raises:
         UserError: for every contradiction, naming both values and the flag to change.
     """
-    if options.mixed_precision is None:
-        options.mixed_precision = "fp16" if device.type == "cuda" else "no"
+    resolve_precision(options, device.type)
     if options.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU and this run is on the CPU: choose bf16 or no")
+    if options.compile and not options.dry_run:
+        require_compiler(device)
     if is_sharded() and not hasattr(torch.distributed.fsdp, "fully_shard"):
         raise UserError(
             f"sharding needs torch 2.6 or newer, this is {torch.__version__}: update it, or launch without FSDP"
@@ -256,7 +259,7 @@ def describe_model(options: argparse.Namespace, data: LatentData, step: int) -> 
         "step": step,
         "path_type": options.path_type,
         "resolution": options.resolution,
-        "vae": data.manifest["vae"],
+        "vae": portable_name(data.manifest["vae"]),
         "vae_sha256": data.manifest["vae_sha256"],
         "scaling_factor": data.scaling_factor,
         "class_names": data.class_names,

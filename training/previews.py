@@ -9,14 +9,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dataset import LatentData
-from errors import UserError
-from evaluation import ImageArchive, evaluate, extract, load_extractor
+from errors import UserError, spared_by
+from evaluation import evaluate, extract, load_extractor, open_images
 from evaluation.metrics import check_images
 from generate import Settings, generate_images, images_per_block
 from generation.labels import choose_labels
 from generation.pictures import save_grid
 from models import DeepFlow
-from models.vae import decode, load_vae
+from models.vae import check_channels, decode, load_recorded_vae, load_vae
 from training.parallel import whole_copy
 
 
@@ -28,7 +28,12 @@ class Previews:
 
     def __init__(self, options: argparse.Namespace, data: LatentData, device: torch.device, rank: int, world: int):
         self.options, self.data, self.rank, self.world = options, data, rank, world
-        self.vae = load_vae(options.preview_vae or data.manifest["vae"], device)
+        if options.preview_vae:
+            self.vae = load_vae(options.preview_vae, device)
+        else:
+            vae, sha256 = data.manifest["vae"], data.manifest["vae_sha256"]
+            self.vae = load_recorded_vae(vae, sha256, device, "--preview-vae")
+        check_channels(self.vae, data.latent_shape[0] // 2, f"the data {data.path}")
         if not np.isclose(self.vae.config.scaling_factor, data.scaling_factor):
             raise UserError(
                 f"the VAE {options.preview_vae} scales latents by {self.vae.config.scaling_factor:.5g}, the data's by "
@@ -37,7 +42,7 @@ class Previews:
         self.reference = self.extractor = None
         if options.preview_reference and rank == 0:
             self.extractor = load_extractor(options.preview_features, options.preview_feature_weights, device)
-            archive = ImageArchive(options.preview_reference)
+            archive = open_images(options.preview_reference)
             side = options.resolution
             check_images(archive, np.zeros((options.preview_samples, side, side, 3), np.uint8), self.extractor)
             self.reference = extract(archive, self.extractor, label="reference of the previews")
@@ -47,9 +52,9 @@ class Previews:
 
         The images share seed and labels from step to step, and nothing random of the training is used.
         """
-        options = self.options
+        options, data = self.options, self.data
         total = options.preview_samples
-        labels = choose_labels("balanced", total, options.num_classes, None, 0)
+        labels = choose_labels("balanced", total, options.num_classes, data.class_counts, 0)
         settings = Settings("heun", 20, options.preview_cfg_scale, path_type=options.path_type)
         block = images_per_block(average.config, self.vae.device.type)
         mine = [i for i in range(total) if i // block % self.world == self.rank]
@@ -60,9 +65,10 @@ class Previews:
         images = np.empty((total, *parts[0][1].shape[1:]), np.uint8)
         for indices, part in parts:
             images[indices] = part
-        folder = run / "previews"
-        folder.mkdir(exist_ok=True)
-        save_grid(images.__getitem__, labels, self.data.class_names, folder / f"step-{step:07d}.png")
+        png = run / "previews" / f"step-{step:07d}.png"
+        with spared_by(str(png)):
+            png.parent.mkdir(exist_ok=True)
+            save_grid(images.__getitem__, labels, data.class_names, png)
         if self.reference is None:
             return {}
         scores = evaluate(self.reference, images, self.extractor, progress=False)

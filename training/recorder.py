@@ -7,9 +7,9 @@ import argparse
 from collections.abc import Callable
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from models import checkpoints
+from processes import progress_bar
 from training import checkpointing, logging, parallel
 from training.build import Models
 from training.guard import LossScale
@@ -46,7 +46,7 @@ class Recorder:
     ) -> None:
         self.options, self.plan, self.work, self.models = options, plan, work, models
         self.log, self.scale, self.accelerator, self.previews = log, scale, accelerator, previews
-        self.bar = tqdm(disable=True)
+        self.bar = progress_bar(False)
 
     def after_step(self, step: int, stopping: bool) -> None:
         """Whatever is due after optimizer step `step`; `stopping` saves in any case."""
