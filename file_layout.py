@@ -6,7 +6,6 @@ import io
 import json
 import lzma
 import os
-import re
 import struct
 import zipfile
 import zlib
@@ -71,7 +70,7 @@ class UnreadableFolder(UserError):
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder, or one of the folders it lies in, is hidden or of an operating system."""
-    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in re.split(r"[/\\]", name))
+    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in name.replace("\\", "/").split("/"))
 
 
 def plain_name(name: str) -> str:
@@ -214,7 +213,7 @@ def _walked(root: Path) -> dict[str, str | None]:
             continue
         for entry in entries:
             name, entry_hidden = below + entry.name, hidden or is_hidden(entry.name)
-            kind, target = _kind_of(entry, root / name, real, entry_hidden)
+            kind, target = _kind_of(entry, root, name, real, entry_hidden)
             if kind == "folder":
                 folders.append((f"{name}/", target, entry_hidden))
             elif kind == "link":
@@ -224,27 +223,26 @@ def _walked(root: Path) -> dict[str, str | None]:
     return found
 
 
-def _kind_of(entry: os.DirEntry, place: Path, real: str, hidden: bool) -> tuple[str | None, str]:
-    """Whether an entry of folder `real` is a "folder" or a "link" to one, and then the folder's real path; else None
+def _kind_of(entry: os.DirEntry, root: Path, name: str, real: str, hidden: bool) -> tuple[str | None, str]:
+    """Whether an entry of folder `real`, `root / name`, is a "folder" or a "link" to one, and its real path; else None
     for a file, or why it is passed over. Raises `UserError` if the system does not say, for what is not hidden."""
-    target = os.path.join(real, entry.name)  # noqa: PTH118 - names of millions of files
     try:
         if not entry.is_symlink():
-            return ("folder" if entry.is_dir() else None), target
+            return ("folder" if entry.is_dir() else None), entry.path
         if hidden:
-            return HIDDEN, target
+            return HIDDEN, entry.path
         if not entry.is_dir():
             entry.stat()
-            return None, target
+            return None, entry.path
     except FileNotFoundError:
-        if not place.suffix and not hidden:  # most likely a class
-            raise UserError(f"{place} is a link to nothing: mend it, or remove it") from None
-        return None, target
+        if not (root / name).suffix and not hidden:  # most likely a class
+            raise UserError(f"{root / name} is a link to nothing: mend it, or remove it") from None
+        return None, entry.path
     except OSError as error:
         if not hidden and error.errno != errno.ELOOP:
-            raise _unreadable(place, error) from error
-        return "a link to itself" if error.errno == errno.ELOOP else HIDDEN, target
-    target = os.path.realpath(target)
+            raise _unreadable(root / name, error) from error
+        return "a link to itself" if error.errno == errno.ELOOP else HIDDEN, entry.path
+    target = os.path.realpath(entry.path)
     if os.path.commonpath([target, real]) == target:
         return "a link to a folder that it lies in", target
     return "link", target

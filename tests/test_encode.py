@@ -277,16 +277,19 @@ def test_workers_need_no_shared_memory(large):
 
 
 def test_pixels_are_kept_only_if_they_are_stored(tmp_path, images, vae_folder, monkeypatch):
-    alive, most, real = weakref.WeakSet(), [], encode_module.encode_moments
+    kept, most, real = [], [], encode_module.ImageBatches.__call__
 
-    def network(vae, pixels):
-        alive.add(pixels)
-        most.append(len(alive))
-        return real(vae, pixels)
+    def batch(self, indices):
+        most.append(sum(other() is not None for other in kept))
+        pixels = real(self, indices)
+        kept.append(weakref.ref(pixels))
+        return pixels
 
-    monkeypatch.setattr(encode_module, "encode_moments", network)
+    monkeypatch.setattr(encode_module.ImageBatches, "__call__", batch)
     encode(images, tmp_path / "without", vae_folder, batch_size=1, num_workers=0)
-    assert max(most) <= 2 < len(most) == 9
+    assert len(most) == 9 and max(most) <= 1
+    encode(images, tmp_path / "with", vae_folder, batch_size=1, num_workers=0, with_images=True)
+    assert max(most) == 8
 
 
 # ---- destinations that are something else
