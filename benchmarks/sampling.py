@@ -49,29 +49,31 @@ def velocity_macs(model: str, sizes: dict[str, int]) -> int:
 
 
 class Sampler:
-    """Guided or unguided blocks of images of one random network, loaded as `generate.py` does."""
+    """Guided or unguided blocks of images of one random network, loaded as `generate.py` does for a precision."""
 
-    def __init__(self, name: str, compiled: bool, device: torch.device, sizes: dict[str, int]) -> None:
+    def __init__(self, name: str, compiled: bool, precision: str, device: torch.device, sizes: dict[str, int]) -> None:
         network = random_network(name, device, **sizes)
-        self.model = load_network(Checkpoint(network.config, network.state_dict(), {}), name, device, compiled)
-        self.name, self.compiled, self.device, self.sizes = name, compiled, device, sizes
+        checkpoint = Checkpoint(network.config, network.state_dict(), {})
+        self.model = load_network(checkpoint, name, device, compiled, precision)
+        self.name, self.compiled, self.precision, self.device, self.sizes = name, compiled, precision, device, sizes
         self.block = images_per_block(self.model.config, device.type)
         self.labels = np.arange(self.block) % self.model.num_classes
 
-    def __call__(self, steps: int, precision: str, guidance: str) -> float:
+    def __call__(self, steps: int, guidance: str) -> float:
         """Seconds of one block; it ends with the images on the host."""
-        settings = Settings(num_steps=steps, cfg_scale=GUIDANCE[guidance], precision=precision)
+        settings = Settings(num_steps=steps, cfg_scale=GUIDANCE[guidance], precision=self.precision)
         began = time.perf_counter()
         with arithmetic(tf32=True):
             for _ in generate_images(self.model, as_pixels, self.labels, settings, range(self.block), self.block):
                 pass
         return time.perf_counter() - began
 
-    def measure(self, precision: str, guidance: str, steps: int, repeats: int) -> dict[str, Any]:
+    def measure(self, guidance: str, steps: int, repeats: int) -> dict[str, Any]:
         """The time of a step, images/s of 250 steps, shares of the ceilings."""
         fresh_start(self.device)
-        start_up = self(2, precision, guidance)
-        pairs = [(self(steps, precision, guidance), self(3 * steps, precision, guidance)) for _ in range(repeats)]
+        precision = self.precision
+        start_up = self(2, guidance)
+        pairs = [(self(steps, guidance), self(3 * steps, guidance)) for _ in range(repeats)]
         few, many = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
         a_step = (many - few) / (2 * steps)
         total = max(0.0, few - steps * a_step) + FULL_STEPS * a_step
@@ -87,10 +89,10 @@ class Sampler:
         row |= {"share_measured": flop / a_step / 1e12 / measured, "measured_tflops": measured}
         return row | ({"peak_gib": memory_gib(self.device)} if self.device.type == "cuda" else {})
 
-    def profile(self, precision: str) -> dict[str, Any]:
+    def profile(self) -> dict[str, Any]:
         """Where the time of ten guided steps goes."""
-        self(4, precision, "guided")
-        return profile(lambda: self(10, precision, "guided"), 1, self.device)
+        self(4, "guided")
+        return profile(lambda: self(10, "guided"), 1, self.device)
 
 
 @exits_on_user_error
@@ -115,14 +117,15 @@ def main() -> None:
         raise UserError("--precisions fp16 needs a GPU and this is the CPU: choose bf16 or no")
     create_on_meta(args.model, sizes)
     rows = Rows("sampling", {k: v for k, v in vars(args).items() if k != "output"}, device, args.output)
-    for mode in modes:
-        sampler = Sampler(args.model, mode == "compiled", device, sizes)
-        for precision, guidance in itertools.product(precisions, GUIDANCE):
-            given = (precision, guidance, args.steps, args.repeats)
+    for mode, precision in itertools.product(modes, precisions):
+        sampler = Sampler(args.model, mode == "compiled", precision, device, sizes)
+        for guidance in GUIDANCE:
+            given = (guidance, args.steps, args.repeats)
             rows.measure(f"{args.model} {precision} {guidance} {mode}", lambda g=given, s=sampler: s.measure(*g))
             if args.profile and (mode, precision, guidance) == (modes[0], precisions[0], "guided"):
                 name = f"profile of {args.model} {precision} guided {mode}, 10 steps"
-                rows.measure(name, lambda s=sampler, p=precision: s.profile(p))
+                rows.measure(name, lambda s=sampler: s.profile())
+        del sampler
     rows.finish()
 
 
