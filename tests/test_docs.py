@@ -1,6 +1,7 @@
-"""What README, CONTRIBUTING and docs/ say is there is there: flags with their defaults, files, names, commands, links."""
+"""What README, CONTRIBUTING and docs/ name is there: flags with their defaults, files, names, commands, links."""
 
 import argparse
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -26,15 +27,14 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 MOVING = [
     "common/",
     "common/errors.py",
+    "common/errors.py: UserError",
     "common/files.py",
     "common/flags.py",
     "common/processes.py",
     "evaluation/metrics.py: METRICS",
     "generation/checkpoint.py",
     "generation/conditions.py",
-    "generation/conditions.py: choose_labels",
     "generation/images.py",
-    "generation/images.py: generate_images",
     "generation/images.py: images_per_block",
     "loss.py: LossTerms.named",
     "models/autoencoder.py",
@@ -207,8 +207,7 @@ def commands(page):
     """Every command that a page shows, in a block of bash or in backticks, without comments and continuations."""
     text = page.read_text()
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            yield line
+        yield from block.replace("\\\n", " ").splitlines()
     for code in code_in(re.sub(r"```.*?```", "", text, flags=re.S)):
         if re.match(r"(?:\w+=\S+ )*(?:bash|python|accelerate launch|torchrun) ", code):
             yield code
@@ -216,7 +215,7 @@ def commands(page):
 
 def program_of(words):
     """The file that a command runs, and the words after it; None for what is not ours."""
-    words = [word for i, word in enumerate(words) if "=" not in word or word.startswith("-") or i > 4]
+    words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))  # of the environment
     for i, word in enumerate(words[:-1]):
         if word == "-m" and "." in words[i + 1]:
             return f"{words[i + 1].replace('.', '/')}.py", words[i + 2 :]
@@ -258,7 +257,7 @@ def test_flags_named_exist(page):
     known = {flag for parser in PARSERS.values() for action in parser._actions for flag in action.option_strings}
     known |= {"--license"}  # of training/export.py
     known |= {"--num_processes", "--multi_gpu", "--cpu", "--nproc_per_node", "--use_fsdp", "--machine_rank"}
-    known |= {"--main_process_ip", "--config_file", "--cpus-per-task", "--no-"}
+    known |= {"--main_process_ip", "--config_file", "--check", "--no-"}
     text = "\n".join(code for code in re.findall(r"`([^`\n]+)`", page.read_text()) if " -m " not in f" {code}")
     assert set(FLAG.findall(text)) <= known
 
