@@ -205,15 +205,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-@exits_on_user_error
-@memory_told("lower --batch-size or --num-workers, where the command has them; it continues where it was")
-def main() -> None:
-    """Parse the command line and run one command."""
+def build_parser() -> argparse.ArgumentParser:
+    """Every command and its flags."""
     parser = OneLineParser(description="Make, describe and check datasets.")
     commands = parser.add_subparsers(dest="command", required=True)
     for add_command in (_add_convert, _add_encode, _add_encode_ssl, _add_pack, _add_verify, _add_info, _add_stats):
         add_command(commands)
-    args = parser.parse_args()
+    return parser
+
+
+@exits_on_user_error
+@memory_told("lower --batch-size or --num-workers, where the command has them; it continues where it was")
+def main() -> None:
+    """Parse the command line and run one command."""
+    args = build_parser().parse_args()
     args.run(args)
 
 
