@@ -33,11 +33,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import UserError
-from file_layout import FileLatents, load_npy
+from common.errors import UserError
+from storage.file_store import FileLatents, load_npy
 
 if TYPE_CHECKING:
-    from ssl_features import PackedFeatures
+    from storage.features import PackedFeatures
 
 MANIFEST = "dataset.json"
 FORMAT = "deepflow-packed-latents"

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 import generate
-from errors import OneLineParser, UserError, exits_on_user_error, memory_told
+from common.errors import OneLineParser, UserError, exits_on_user_error, memory_told
+from common.files import write_text
+from common.processes import join_processes, usable_device
 from evaluation import compare, extract, load_extractor, open_images
 from evaluation.archives import ImageSource
 from evaluation.extraction import check_count, check_images, check_reference, check_size
 from evaluation.features import INCEPTION_SHA256
-from files import write_text
-from processes import join_processes, usable_device
 
 TITLES = {
     "fid": "FID",

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 import samplers
-from errors import UserError, exits_on_user_error, memory_told, spared_by
-from files import only_writer, write_text
-from flags import PRECISIONS
-from generation.labels import choose_labels, empty_classes
+from common.errors import UserError, exits_on_user_error, memory_told, spared_by
+from common.files import only_writer, write_text
+from common.flags import PRECISIONS
+from common.processes import join_processes, progress_bar, reported_by_any_process, require_compiler
+from generation.conditions import choose_labels, empty_classes
 from generation.options import (
     Settings,
     build_parser,
@@ -42,8 +43,7 @@ from generation.pictures import save_grid, save_pngs
 from generation.record import describe_machine, describe_sources, read_record, require_same
 from generation.sample_file import SampleFile
 from models import DeepFlow, checkpoints
-from models.precision import cast_products
-from models.vae import (
+from models.autoencoder import (
     SD_VAE,
     check_channels,
     decode,
@@ -52,7 +52,7 @@ from models.vae import (
     portable_name,
     weights_sha256,
 )
-from processes import join_processes, progress_bar, reported_by_any_process, require_compiler
+from models.precision import cast_products
 
 __all__ = ["LabeledImages", "Settings", "build_parser", "choose_labels", "generate", "generate_images", "parse_options"]
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 
 
 class Coefficients(NamedTuple):

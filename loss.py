@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from interpolant import draw_times, interpolate, velocity_target
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from interpolant import PATHS, score_from_velocity
 
 Velocity = Callable[[Tensor, Tensor], Tensor]

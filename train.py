@@ -29,11 +29,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.errors import UserError, exits_on_user_error, memory_told
+from common.files import only_writer
+from common.processes import join_processes, progress_bar
 from dataset import DataOrder, DeviceLatents, latent_batches
-from errors import UserError, exits_on_user_error, memory_told
-from files import only_writer
-from processes import join_processes, progress_bar
-from training import checkpointing, guard, logging
+from training import guard, logging, run_state
 from training.build import build_loss, build_loss_scale, build_models, load_encoders, load_previews
 from training.optimizer import schedule
 from training.options import parse_options
@@ -67,7 +67,7 @@ def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -
     processes = join_processes()
     rank, world, device = processes.process_index, processes.num_processes, processes.device
     plan = make_plan(options, world, device)
-    saved = checkpointing.load(plan.resume_from, plan.experiment) if plan.resume_from else None
+    saved = run_state.load(plan.resume_from, plan.experiment) if plan.resume_from else None
     step = common_step(saved, plan.run)
     work = measure(plan, options) if rank == 0 else None
     if rank == 0:
@@ -169,7 +169,7 @@ def run_steps(step: int, stop: Event, training_step: TrainingStep, recorder: Rec
     return step
 
 
-def common_step(saved: checkpointing.TrainingState | None, run: Path) -> int:
+def common_step(saved: run_state.TrainingState | None, run: Path) -> int:
     """The step that all processes resume from.
 
     Raises:
@@ -190,12 +190,12 @@ def prepare_folder(options: argparse.Namespace, plan: Plan, step: int, logged_st
     Raises:
         UserError: if another command has changed it since the plan was made.
     """
-    if checkpointing.find(plan.run, options.resume, options.resume_step) != plan.resume_from:
+    if run_state.find(plan.run, options.resume, options.resume_step) != plan.resume_from:
         raise UserError(f"{plan.run} has just been changed by another process: give the same command again")
     plan.run.mkdir(parents=True, exist_ok=True)
     logging.write_options(plan.run, vars(options), plan.config)
     logging.truncate_metrics(plan.run, logged_step, step)
-    checkpointing.set_aside_after(plan.run, step)
+    run_state.set_aside_after(plan.run, step)
 
 
 def attention_kernels(options: argparse.Namespace) -> AbstractContextManager:
@@ -206,7 +206,7 @@ def attention_kernels(options: argparse.Namespace) -> AbstractContextManager:
 def describe_failure(step: int, bad_terms: list[str], grad_norm: float, run: Path) -> str:
     """The message of `NonFiniteLoss`: where it arose, what is safe, what to try."""
     where = "not finite: " + "; ".join(bad_terms) if bad_terms else f"finite loss, but gradient norm {grad_norm}"
-    last = max(checkpointing.saved_steps(run), default=None)
+    last = max(run_state.saved_steps(run), default=None)
     kept = "no checkpoint yet" if last is None else f"the checkpoint of step {last} is intact"
     return (
         f"step {step}: {where}; not applied, {kept}; try --mixed-precision bf16, --qk-norm or a lower --learning-rate"

@@ -24,7 +24,7 @@ import scipy
 import scipy.linalg
 import torch
 
-from errors import OneLineParser, UserError, exits_on_user_error
+from common.errors import OneLineParser, UserError, exits_on_user_error
 from evaluation import frechet_distance
 from evaluation.metrics import precision_recall
 

@@ -29,9 +29,9 @@ import torch
 
 from benchmarks.report import markdown
 from benchmarks.rows import ROOT, Rows, benchmark_device, describe_machine, is_same, read_record
-from errors import OneLineParser, UserError, exits_on_user_error
-from files import only_writer, write_text
-from flags import number
+from common.errors import OneLineParser, UserError, exits_on_user_error
+from common.files import only_writer, write_text
+from common.flags import number
 
 LEAST = 10.0  # seconds a part needs to be worth starting
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.rows import Rows, benchmark_device, summary, times_of
-from errors import OneLineParser, exits_on_user_error
+from common.errors import OneLineParser, exits_on_user_error
 
 DTYPES = {"float32": torch.float32, "TF32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KIND_OF_PRECISION = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}

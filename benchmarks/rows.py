@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from errors import UserError
-from files import write_text
+from common.errors import UserError
+from common.files import write_text
+from common.processes import usable_device
 from models import DeepFlow, create_model
-from processes import usable_device
 from training.logging import code_commit
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import OneLineParser, exits_on_user_error
+from common.errors import OneLineParser, exits_on_user_error
 from generation.sample_file import SampleFile
 
 SIDE, BATCH = 256, 64

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.machine import KIND_OF_PRECISION, matrix_rate
 from benchmarks.profiling import profile
 from benchmarks.rows import SIZES, TINY_SIZES, Rows, benchmark_device, fresh_start, random_network, summary, words
-from errors import OneLineParser, UserError, exits_on_user_error
-from flags import PRECISIONS, number
+from common.errors import OneLineParser, UserError, exits_on_user_error
+from common.flags import PRECISIONS, number
 from generate import Settings, arithmetic, generate_images, images_per_block, prepare_network
 from models import create_model
 from training.logging import memory_gib

@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.errors import OneLineParser, exits_on_user_error
+from common.flags import PRECISIONS
+from common.processes import usable_device
 from dataset import DataOrder, LatentBatch, PackedLatents, latent_batches
-from errors import OneLineParser, exits_on_user_error
-from flags import PRECISIONS
 from loss import DeepFlowLoss
 from models import DeepFlow, create_model
 from models.ssl_encoders import encoder_width, load_encoder
 from preprocessing.packed_writer import PackedJob, features_manifest, packed_manifest
-from processes import usable_device
-from ssl_features import PackedFeatures
+from storage.features import PackedFeatures
 from training.optimizer import make_optimizer
 from training.step import TrainingStep
 

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from benchmarks.rows import Rows, benchmark_device, summary, synchronize, times_of
+from common.errors import OneLineParser, exits_on_user_error
 from dataset import DataOrder, DeviceLatents, PackedLatents, latent_batches
-from errors import OneLineParser, exits_on_user_error
 from evaluation.features import load_extractor
+from models.autoencoder import decode, encode_moments
 from models.ssl_encoders import RANDOM, load_encoder
-from models.vae import decode, encode_moments
 from preprocessing.packed_writer import packed_manifest, write_packed
 
 SECONDS = 2.0

@@ -39,9 +39,9 @@ from benchmarks.rows import (
     times_of,
     words,
 )
+from common.errors import OneLineParser, UserError, exits_on_user_error
+from common.flags import PRECISIONS, number
 from dataset import LatentBatch
-from errors import OneLineParser, UserError, exits_on_user_error
-from flags import PRECISIONS, number
 from loss import DeepFlowLoss
 from models import create_model
 from models.presets import model_config

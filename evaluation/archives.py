@@ -14,10 +14,10 @@ from typing import IO
 
 import numpy as np
 
-from errors import UserError, first_line
-from file_layout import FileStore
-from files import file_sha256
-from image_files import IMAGE_SUFFIXES, read_rgb, upright_size
+from common.errors import UserError, first_line
+from common.files import file_sha256
+from storage.file_store import FileStore
+from storage.image_files import IMAGE_SUFFIXES, read_rgb, upright_size
 
 IMAGES = "arr_0.npy"
 # What reading a damaged archive raises: bad structure or checksum, bad deflate data, early end, bad header.

@@ -9,12 +9,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from errors import UserError
+from common.errors import UserError
+from common.files import written_aside
+from common.processes import progress_bar
 from evaluation.archives import DAMAGE, ImageSource
 from evaluation.features import SPATIAL_DIMENSION, Extractor, Features
 from evaluation.statistics import FeatureStatistics
-from files import written_aside
-from processes import progress_bar
 
 Images = ImageSource | np.ndarray
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean (D,), covariance (D, D), float64

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.processes import progress_bar
 from evaluation.extraction import FeatureSet, Images, check_images, extract
 from evaluation.features import Extractor
 from evaluation.statistics import frechet_distance
-from processes import progress_bar
 
 
 def evaluate(

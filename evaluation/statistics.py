@@ -3,7 +3,7 @@
 import numpy as np
 import scipy.linalg
 
-from errors import UserError
+from common.errors import UserError
 
 
 class FeatureStatistics:

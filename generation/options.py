@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import OneLineParser, UserError, tell
-from files import portable
-from flags import PRECISIONS, number, numbers
+from common.errors import OneLineParser, UserError, tell
+from common.files import portable
+from common.flags import PRECISIONS, number, numbers
+from common.processes import launcher_setting
 from interpolant import PATHS
 from models import checkpoints
 from models.presets import NAME, model_config
-from processes import launcher_setting
 from samplers import DIFFUSION_FORMS, sde_schedule
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from files import written_aside
+from common.files import written_aside
 from generation.sample_file import SampleFile
 
 

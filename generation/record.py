@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from errors import UserError
-from files import file_sha256, portable
+from common.errors import UserError
+from common.files import file_sha256, portable
 from models import checkpoints
-from models.vae import portable_name
+from models.autoencoder import portable_name
 
 # Told in the record, but free to differ; the checkpoint's checksum is that of its metadata too.
 CIRCUMSTANCES = ("checkpoint", "checkpoint_metadata", "autoguidance", "vae", "command", "device")

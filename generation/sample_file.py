@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
-from files import real_place, written_aside
+from common.errors import UserError
+from common.files import real_place, written_aside
 
 READ_AT_ONCE = 1 << 24  # bytes
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import UserError
-from files import written_aside
+from common.errors import UserError
+from common.files import written_aside
 
 from .deepflow import DeepFlow
 from .presets import SIZES, equal_branches

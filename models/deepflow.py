@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from errors import UserError
+from common.errors import UserError
 
 from .blocks import (
     DiTBlock,

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from errors import UserError
+from common.errors import UserError
 
 from .deepflow import DeepFlow
 

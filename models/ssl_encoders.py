@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 
 from .checkpoints import describe_mismatch
 

@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from errors import UserError
-from file_layout import LABELS, BadFile, FileStore
-from files import only_writer, real_place
-from image_files import read_rgb
+from common.errors import UserError
+from common.files import only_writer, real_place
 from preprocessing.destination import files_in, put_in_place
 from preprocessing.growing_zip import Entry, GrowingZip
 from preprocessing.images import warn_of_empty_classes
 from preprocessing.picture_source import PictureSource, list_pictures
 from preprocessing.pixels import TRANSFORMS
 from preprocessing.workers import worker_results
+from storage.file_store import LABELS, BadFile, FileStore
+from storage.image_files import read_rgb
 
 CHUNK = 32  # images: little to do again after a kill, and little held in memory on the way to a zip
 REPORT = "report.json"

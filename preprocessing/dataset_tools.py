@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python preprocessing/dataset_tools.py`, as in REPA
 
-from errors import OneLineParser, UserError, exits_on_user_error, memory_told
+from common.errors import OneLineParser, UserError, exits_on_user_error, memory_told
+from common.flags import PRECISIONS
+from common.processes import usable_device
 from evaluation.features import load_extractor
-from file_layout import SD_VAE
-from flags import PRECISIONS
 from preprocessing.convert import convert, describe
 from preprocessing.encode import encode
 from preprocessing.encode_ssl import encode_ssl
@@ -33,7 +33,7 @@ from preprocessing.pack import pack
 from preprocessing.pixels import TRANSFORMS
 from preprocessing.stats import write_reference
 from preprocessing.verify import info, verify
-from processes import usable_device
+from storage.file_store import SD_VAE
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from errors import OneLineParser, UserError, exits_on_user_error
-from files import real_place
+from common.errors import OneLineParser, UserError, exits_on_user_error
+from common.files import real_place
 from preprocessing.destination import files_in, put_in_place
 
 CREDIT = "All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0"

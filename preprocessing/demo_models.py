@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm, trange
 
-from errors import OneLineParser, UserError, exits_on_user_error
+from common.errors import OneLineParser, UserError, exits_on_user_error
+from common.files import written_aside
 from evaluation.features import DemoFeatures
-from files import written_aside
-from image_files import read_rgb
-from models import vae as latent_space
+from models import autoencoder as latent_space
 from models.ssl_encoders import RANDOM, load_encoder
+from storage.image_files import read_rgb
 
 DEMO_VIT = "timm:test_vit"  # 0.3M parameters, 6 blocks of width 64
 

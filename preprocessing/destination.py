@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from errors import UserError
-from file_layout import LABELS, is_hidden
-from files import real_place
+from common.errors import UserError
+from common.files import real_place
+from storage.file_store import LABELS, is_hidden
 
 
 class HashedFile:

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
+from common.files import only_writer, real_place
+from common.flags import PRECISIONS
 from dataset import MANIFEST, PackedLatents
-from errors import UserError
-from file_layout import FileStore
-from files import only_writer, real_place
-from flags import PRECISIONS
+from models.autoencoder import weights_sha256
 from models.ssl_encoders import load_encoder
-from models.vae import weights_sha256
 from preprocessing.encode import ImageBatches, encode_units
 from preprocessing.images import list_images, tell_passed_over
 from preprocessing.packed_writer import SHARD_BYTES, PackedJob, features_manifest, row_type
 from preprocessing.processes import joined_processes
 from preprocessing.source_identity import source_sha256
+from storage.file_store import FileStore
 
 
 def encode_ssl(

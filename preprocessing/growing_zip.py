@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError
+from common.errors import UserError
 
 
 class Entry(NamedTuple):

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import tell
-from file_layout import FileStore, read_image
+from common.errors import tell
 from preprocessing.picture_source import NO_IMAGE, list_stored
+from storage.file_store import FileStore, read_image
 
 
 class SourceImages(NamedTuple):

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from errors import UserError
-from file_layout import LABELS, SD_VAE, FileLatents, image_folder, pairing_name, read_image
-from files import only_writer
+from common.errors import UserError
+from common.files import only_writer
 from preprocessing.images import SourceImages, list_images, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
+from storage.file_store import LABELS, SD_VAE, FileLatents, image_folder, pairing_name, read_image
 
 
 def pack(

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import UserError
+from common.files import json_bytes, real_place
 from dataset import FORMAT, FORMAT_VERSION, LATENTS, MANIFEST, read_manifest
-from errors import UserError
-from file_layout import load_npy
-from files import json_bytes, real_place
 from preprocessing.destination import files_in, write_file, written_aside
-from ssl_features import FEATURES
+from storage.features import FEATURES
+from storage.file_store import load_npy
 
 SHARD_BYTES = 2**31  # few files, yet each is quick to copy and to check
 UNIT_ROWS = 512  # what a kill costs at most, in each process,

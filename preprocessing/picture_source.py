@@ -6,10 +6,10 @@ from pathlib import Path
 from posixpath import splitext
 from typing import NamedTuple
 
-from errors import UserError
-from file_layout import LABELS, FileStore, read_labels
-from image_files import IMAGE_SUFFIXES
+from common.errors import UserError
 from preprocessing.tar_store import TarStore, is_tar
+from storage.file_store import LABELS, FileStore, read_labels
+from storage.image_files import IMAGE_SUFFIXES
 
 NO_IMAGE = "no image, by its name"
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch.distributed
 
-from errors import UserError
+from common.errors import UserError
 
 
 class OtherProcessStopped(UserError):

@@ -5,8 +5,8 @@ import json
 
 from tqdm import tqdm
 
-from file_layout import LABELS, FileStore
 from preprocessing.convert import REPORT
+from storage.file_store import LABELS, FileStore
 
 SAMPLED = 64  # files read: uncompressed pictures, and latents, are all of one size
 

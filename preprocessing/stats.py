@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import UserError
+from common.errors import UserError
+from common.files import only_writer, written_aside
 from evaluation.archives import ImageArchive
 from evaluation.features import SPATIAL_DIMENSION, InceptionFeatures
 from evaluation.statistics import FeatureStatistics
-from files import only_writer, written_aside
 from preprocessing.images import SourceImages, list_images, tell_passed_over
 
 

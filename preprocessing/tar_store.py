@@ -4,8 +4,8 @@ import tarfile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from errors import UserError
-from file_layout import HIDDEN, BadFile, FileStore, is_hidden, plain_name, top_folder
+from common.errors import UserError
+from storage.file_store import HIDDEN, BadFile, FileStore, is_hidden, plain_name, top_folder
 
 
 class _Part(NamedTuple):

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import UserError
+from common.files import file_sha256
 from dataset import LATENTS, MANIFEST, open_latents, read_manifest
-from errors import UserError
-from file_layout import FileLatents, UnreadableFolder
-from files import file_sha256
 from preprocessing.images import list_images
 from preprocessing.pack import check_files
 from preprocessing.packed_writer import LAYOUTS, row_type, shard_header
-from ssl_features import FEATURES, PackedFeatures
+from storage.features import FEATURES, PackedFeatures
+from storage.file_store import FileLatents, UnreadableFolder
 
 CHUNK_BYTES = 2**22
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from errors import UserError
+from common.errors import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 AHEAD = 2  # items that each worker has been given and whose results are not taken

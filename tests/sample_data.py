@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from errors import UserError
+from common.errors import UserError
 from preprocessing import dataset_tools
 from preprocessing.packed_writer import packed_manifest, write_packed
 

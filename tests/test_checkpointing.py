@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 
-from errors import UserError
+from common.errors import UserError
 from models import DeepFlow, checkpoints
-from training import checkpointing
-from training.checkpointing import TrainingState, find, folder_of, saved_steps
+from training import run_state
+from training.run_state import TrainingState, find, folder_of, saved_steps
 
 EXPERIMENT = {"batch_size": 8, "df_idxs": [1], "scale_weight": None}
 
@@ -27,7 +27,7 @@ def save(run, network, step, keep_last=None, keep_every=None):
     trainer = {"optimizer": {"state": {0: {"step": torch.tensor(float(step))}}}, "log": {"window": [[0.1, step]]}}
     averages = {"0.9": ema, "std0.1": {name: tensor + 1 for name, tensor in ema.items()}}
     state = TrainingState(step, EXPERIMENT, network.state_dict(), averages, trainer)
-    return checkpointing.save(run, state, network.config, {"step": step}, keep_last, keep_every)
+    return run_state.save(run, state, network.config, {"step": step}, keep_last, keep_every)
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path, network):
@@ -36,7 +36,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, network):
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors", "ema.safetensors", "ema-std0.1.safetensors", "trainer.pt", "state.json"
     }  # fmt: skip
-    state = checkpointing.load(folder, EXPERIMENT)
+    state = run_state.load(folder, EXPERIMENT)
     assert state.step == 500 and state.experiment == EXPERIMENT
     for name, tensor in network.state_dict().items():
         assert torch.equal(state.model[name], tensor) and torch.equal(state.ema["0.9"][name], tensor + 500)
@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path, networ
     with pytest.raises(UserError, match=r"step 10 could not be written.*No space left.*step 5 is intact"):
         save(tmp_path, network, 10, keep_last=1)
     assert [path.name for path in before.parent.iterdir()] == ["step-0000005"]
-    assert checkpointing.load(before, EXPERIMENT).step == 5
+    assert run_state.load(before, EXPERIMENT).step == 5
 
 
 def test_a_save_that_was_killed_is_not_seen_and_not_in_the_way(tmp_path, network, monkeypatch):
@@ -121,10 +121,10 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path):
 def test_later_checkpoints_are_set_aside_not_lost(tmp_path, network):
     for step in (5, 10, 15):
         save(tmp_path, network, step)
-    checkpointing.set_aside_after(tmp_path, 5)
+    run_state.set_aside_after(tmp_path, 5)
     assert saved_steps(tmp_path) == [5]
     aside = tmp_path / "checkpoints" / "superseded" / "step-0000015"
-    assert checkpointing.load(aside, EXPERIMENT).step == 15
+    assert run_state.load(aside, EXPERIMENT).step == 15
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_damage_is_told_in_one_line(tmp_path, network, name, damage):
     file = folder / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]) if damage == "truncated" else file.unlink()
     with pytest.raises(UserError, match=r"step-0000005 is damaged.*: delete it, and the run resumes") as error:
-        checkpointing.load(folder, EXPERIMENT)
+        run_state.load(folder, EXPERIMENT)
     assert "\n" not in str(error.value)
 
 
@@ -145,7 +145,7 @@ def test_a_summary_of_another_kind_is_damage(tmp_path, network, content):
     folder = save(tmp_path, network, 5)
     (folder / "state.json").write_text(content)
     with pytest.raises(UserError, match="is damaged"):
-        checkpointing.load(folder, EXPERIMENT)
+        run_state.load(folder, EXPERIMENT)
 
 
 class Malicious:
@@ -162,7 +162,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, network):
     folder = save(tmp_path, network, 5)
     torch.save({"optimizer": Malicious(tmp_path / "executed")}, folder / "trainer.pt", pickle_module=pickle)
     with pytest.raises(UserError, match=r"^.*damaged.*$"):
-        checkpointing.load(folder, EXPERIMENT)
+        run_state.load(folder, EXPERIMENT)
     assert not (tmp_path / "executed").exists()
 
 
@@ -177,7 +177,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, network):
 def test_another_experiment_is_refused_naming_both_values(tmp_path, network, name, given, message):
     folder = save(tmp_path, network, 5)
     with pytest.raises(UserError, match=message):
-        checkpointing.load(folder, EXPERIMENT | {name: given})
+        run_state.load(folder, EXPERIMENT | {name: given})
 
 
 def test_the_summary_is_plain_json(tmp_path, network):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from errors import UserError
+from common.errors import UserError
 from models import DeepFlow, checkpoints
 
 TINY = dict(hidden_size=16, depth=4, num_heads=2, num_classes=3, projector_dim=8, df_idxs=[2], input_size=4)

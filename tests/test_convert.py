@@ -16,16 +16,16 @@ import pytest
 from PIL import Image
 from sample_data import contents, kill_ten_times, run_main
 
-from errors import UserError
-from file_layout import FileStore
-from files import only_writer
-from image_files import IMAGE_SUFFIXES
+from common.errors import UserError
+from common.files import only_writer
 from preprocessing import convert as convert_module
 from preprocessing.convert import CHUNK, convert, describe
 from preprocessing.growing_zip import GrowingZip
 from preprocessing.images import list_images
 from preprocessing.picture_source import list_pictures
 from preprocessing.pixels import center_crop_dhariwal
+from storage.file_store import FileStore
+from storage.image_files import IMAGE_SUFFIXES
 
 CLASSES = ["ant", "bee", "cat"]
 GOOD = 1000

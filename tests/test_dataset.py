@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from sample_data import COUNT, SHAPE, write_dataset, write_files
 
 import dataset
+from common.errors import UserError
 from dataset import DataOrder, DeviceLatents, LatentBatch, PackedLatents, latent_batches, open_latents, read_manifest
-from errors import UserError
-from file_layout import FileLatents
+from storage.file_store import FileLatents
 
 
 @pytest.fixture

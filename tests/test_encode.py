@@ -26,9 +26,9 @@ from sample_data import (
     with_mount,
 )
 
+from common.errors import UserError
+from common.files import only_writer
 from dataset import PackedLatents
-from errors import UserError
-from files import only_writer
 from preprocessing import encode as encode_module
 from preprocessing import packed_writer
 from preprocessing.encode import encode

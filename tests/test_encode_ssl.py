@@ -12,8 +12,8 @@ from PIL import Image
 from sample_data import contents, kill_ten_times, make_images, make_vae, run_main, start, write_dataset
 from test_verify import flip_bit
 
+from common.errors import UserError
 from dataset import PackedLatents
-from errors import UserError
 from models import ssl_encoders
 from models.ssl_encoders import load_encoder
 from preprocessing import encode_ssl as encode_ssl_module
@@ -22,7 +22,7 @@ from preprocessing.encode import encode
 from preprocessing.encode_ssl import check_disk, describe_size, encode_ssl
 from preprocessing.packed_writer import features_manifest
 from preprocessing.verify import info, verify
-from ssl_features import PackedFeatures
+from storage.features import PackedFeatures
 
 VIT = "timm:vit_tiny_patch16_224"
 

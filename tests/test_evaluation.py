@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_processes import launch
 
 import evaluate as command
-from errors import UserError
+from common.errors import UserError
 from evaluation import ImageArchive, compare, evaluate, extract, extraction, frechet_distance, metrics, open_images
 from evaluation.features import Features
 from evaluation.statistics import FeatureStatistics

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from errors import UserError
+from common.errors import UserError
 from models import checkpoints
 from training import export
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from errors import UserError
+from common.errors import UserError
+from common.files import file_sha256
 from evaluation import evaluate, extract, frechet_distance, load_extractor
 from evaluation.features import DemoFeatures, dinov2_positions
 from evaluation.metrics import compare
-from files import file_sha256
 
 
 @pytest.fixture(scope="module")

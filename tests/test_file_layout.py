@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from sample_data import COUNT, start, write_files
 
+from common.errors import UserError
 from dataset import open_latents
-from errors import UserError
-from file_layout import BadFile, FileLatents, FileStore
+from storage.file_store import BadFile, FileLatents, FileStore
 
 
 @pytest.fixture(params=["folder", "zip"])

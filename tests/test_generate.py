@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from sample_data import killed_at, moments_of
 
-import files
 import generate
-from errors import UserError
+from common import files
+from common.errors import UserError
 from models import DeepFlow, checkpoints
 
 TINY = dict(hidden_size=16, depth=2, num_heads=2, num_classes=3, projector_dim=8, df_idxs=[1], input_size=4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import interpolant
-from errors import UserError
+from common.errors import UserError
 
 PATHS = list(interpolant.PATHS)
 INNER = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)

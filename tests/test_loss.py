@@ -6,7 +6,7 @@ import torch
 from conftest import relative_error
 from torch.nn.functional import cosine_similarity
 
-from errors import UserError
+from common.errors import UserError
 from interpolant import PATHS
 from loss import DeepFlowLoss, Draws, branch_times, negative_cosine
 from models import DeepFlow

@@ -17,14 +17,14 @@ from test_generate import run  # noqa: F401 - a fixture
 from training_runs import ROOT, metrics_of, tiny_command
 
 import generate
-import processes
 import train
-from errors import OutOfMemory, UserError, lack_of_memory, memory_told
+from common import processes
+from common.errors import OutOfMemory, UserError, lack_of_memory, memory_told
 from loss import DeepFlowLoss
 from training import logging
-from training.checkpointing import saved_steps
 from training.ema import EMA
 from training.options import parse_options
+from training.run_state import saved_steps
 
 
 def run_train(monkeypatch, capsys, command, *flags, **more):

@@ -6,7 +6,7 @@ import torch
 from conftest import GOLDEN, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-from errors import UserError
+from common.errors import UserError
 from models import DeepFlow, create_model
 from models.blocks import TimestepEmbedder, sincos_position_embedding, unpatchify
 from models.precision import cast_products

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from training_runs import ROOT, metrics_of, tiny_command
 
 import train
-from errors import UserError
+from common.errors import UserError
 from models import checkpoints
 from training import options as train_options
 from training.options import build_parser, parse_options

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from sample_data import COUNT, contents, kill_ten_times, write_files
 
+from common.errors import UserError
 from dataset import DataOrder, PackedLatents, latent_batches, open_latents
-from errors import UserError
-from file_layout import FileLatents
 from preprocessing import packed_writer
 from preprocessing.pack import pack, pairing_name
 from preprocessing.verify import info, verify
+from storage.file_store import FileLatents
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_files import read_rgb
 from preprocessing.pixels import center_crop, center_crop_dhariwal
+from storage.image_files import read_rgb
 
 
 def encoded(image, kind="PNG", **options):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from sample_data import make_vae
 from training_runs import CAN_SHARD, SHARDED, metrics_of, write_dataset
 
-from errors import UserError
+from common.errors import UserError
 from evaluation.features import DemoFeatures
 
 

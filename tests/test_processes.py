@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_generate import run  # noqa: F401 - a fixture
 
-from errors import UserError
-from processes import reported_by_any_process
+from common.errors import UserError
+from common.processes import reported_by_any_process
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from errors import UserError
+from common.errors import UserError
 from generation import sample_file
 from generation.sample_file import SampleFile
 

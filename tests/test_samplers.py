@@ -6,7 +6,7 @@ import torch
 from conftest import relative_error
 
 import samplers
-from errors import UserError
+from common.errors import UserError
 from interpolant import PATHS
 from models import DeepFlow
 

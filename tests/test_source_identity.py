@@ -5,8 +5,8 @@ import shutil
 import pytest
 from sample_data import make_images
 
-from file_layout import FileStore
 from preprocessing.source_identity import source_sha256
+from storage.file_store import FileStore
 
 
 def digest(path, more=()):

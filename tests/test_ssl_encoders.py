@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from torch import nn
 
-from errors import UserError
+from common.errors import UserError
 from models import ssl_encoders
 from models.ssl_encoders import ENCODERS, encoder_width, load_encoder
 

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from sample_data import COUNT, make_images, make_vae, write_dataset, write_files
 
+from common.errors import UserError
 from dataset import DataOrder, DeviceLatents, PackedLatents, latent_batches, open_latents
-from errors import UserError
 from loss import DeepFlowLoss
 from models import DeepFlow
+from models.autoencoder import sample_latents
 from models.ssl_encoders import load_encoder
-from models.vae import sample_latents
 from preprocessing.encode import encode
 from preprocessing.encode_ssl import encode_ssl
 from preprocessing.packed_writer import PackedJob, features_manifest
-from ssl_features import PackedFeatures
+from storage.features import PackedFeatures
 
 TOKENS, WIDTH = 4, 6
 VIT = "timm:vit_tiny_patch16_224"

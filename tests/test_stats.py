@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from sample_data import run_main
 
-from errors import UserError
+from common.errors import UserError
 from evaluation import ImageArchive, frechet_distance
 from evaluation.features import Features
 from evaluation.metrics import extract

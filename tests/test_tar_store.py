@@ -7,9 +7,9 @@ import tarfile
 
 import pytest
 
-from errors import UserError
-from file_layout import BadFile
+from common.errors import UserError
 from preprocessing.tar_store import TarStore
+from storage.file_store import BadFile
 
 FILES = {"cat/1.JPEG": b"first cat", "cat/2.JPEG": b"", "dog/1.JPEG": b"dog" * 1000}
 

@@ -13,18 +13,18 @@ from safetensors.torch import load_file
 from sample_data import start as start_process
 from training_runs import COUNT, assert_same_run, metrics_of, spoil, write_dataset
 
-import files
 import train
+from common import files
+from common.errors import UserError
 from dataset import DataOrder
-from errors import UserError
 from loss import DeepFlowLoss
 from models import checkpoints
 from preprocessing.pack import pack
 from training import build, logging
-from training.checkpointing import saved_steps
 from training.ema import EMA
 from training.guard import LossScale
 from training.optimizer import schedule
+from training.run_state import saved_steps
 from training.step import noise_seed
 
 # The first 20 losses of a tiny run on the CPU. They change only if the method, the initialisation or the random

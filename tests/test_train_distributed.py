@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training_runs import CAN_SHARD, COUNT, ROOT, SHARDED, assert_same_run, metrics_of, spoil, write_dataset
 
 from dataset import DataOrder
-from training.checkpointing import saved_steps
+from training.run_state import saved_steps
 
 
 def assert_alike(one, other, step, relative=1e-4, absolute=2e-5):

@@ -15,9 +15,9 @@ from sample_data import dying_at
 from training_runs import assert_same_run
 
 import train
-from training.checkpointing import saved_steps
 from training.ema import EMA
 from training.options import parse_options
+from training.run_state import saved_steps
 
 RUNS = int(os.environ.get("DEEPFLOW_KILLED_RUNS", "3"))
 # Processes with the modules loaded, forked from one that has never trained: other tests may leave autograd threads.
@@ -88,9 +88,9 @@ def steps_logged(run):
 @pytest.mark.parametrize("late", [0.0, 0.5, 1.0])
 def test_deleting_old_checkpoints_is_safe_at_any_moment(tmp_path, monkeypatch, late):
     """A kill in the middle of a deletion leaves a checkpoint whole, or out of sight."""
-    from training import checkpointing
+    from training import run_state
 
-    folder = checkpointing.folder_of(tmp_path, 5)
+    folder = run_state.folder_of(tmp_path, 5)
     folder.mkdir(parents=True)
     for number in range(4):
         (folder / str(number)).write_bytes(b"x")
@@ -102,9 +102,9 @@ def test_deleting_old_checkpoints_is_safe_at_any_moment(tmp_path, monkeypatch, l
             file.unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpointing.shutil, "rmtree", cut_short)
+    monkeypatch.setattr(run_state.shutil, "rmtree", cut_short)
     with pytest.raises(KeyboardInterrupt):
-        checkpointing.delete(folder)
+        run_state.delete(folder)
     assert saved_steps(tmp_path) in ([], [5])
     if saved_steps(tmp_path):
         assert len(list(folder.iterdir())) == 4

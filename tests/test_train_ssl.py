@@ -7,7 +7,7 @@ import torch
 from sample_data import make_images, make_vae, write_files
 from training_runs import assert_same_run, metrics_of
 
-from errors import UserError
+from common.errors import UserError
 from models import checkpoints
 from models.ssl_encoders import load_encoder
 from preprocessing.encode import encode

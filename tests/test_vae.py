@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from errors import UserError
-from models import vae as latent_space
+from common.errors import UserError
+from models import autoencoder as latent_space
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from test_generate import command as generate_command
 from test_generate import run  # noqa: F401 - a fixture
 from training_runs import write_dataset
 
-import files
-from errors import UserError
+from common import files
+from common.errors import UserError
+from models import autoencoder as latent_space
 from models import checkpoints
-from models import vae as latent_space
 from training import export
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -214,7 +214,7 @@ def test_only_classes_with_images_are_drawn(monkeypatch, capsys, run, tmp_path):
 
 
 def test_labels_are_what_they_were_where_all_classes_have_images_or_none_are_counted():
-    from generation.labels import choose_labels
+    from generation.conditions import choose_labels
 
     for classes in ("random", "balanced", "2 0"):
         plain = choose_labels(classes, 50, 3, None, 3).tolist()

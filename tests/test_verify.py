@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sample_data import make_images, make_vae, write_dataset, write_files
 
+from common.errors import UserError
 from dataset import PackedLatents
-from errors import UserError
 from preprocessing.encode import encode
 from preprocessing.verify import info, verify
 

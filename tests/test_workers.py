@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from errors import UserError
+from common.errors import UserError
 from preprocessing.workers import worker_results
 
 

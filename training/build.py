@@ -8,12 +8,12 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from errors import UserError
-from flags import PRECISIONS
+from common.errors import UserError
+from common.flags import PRECISIONS
 from loss import DeepFlowLoss
 from models import DeepFlow
 from models.ssl_encoders import load_encoder
-from training import checkpointing, guard, parallel
+from training import guard, parallel, run_state
 from training.ema import EMA, averages
 from training.optimizer import make_optimizer
 from training.plan import Plan, build_network, tokens_a_side
@@ -29,7 +29,7 @@ class Models(NamedTuple):
 
 
 def build_models(
-    options: argparse.Namespace, plan: Plan, saved: checkpointing.TrainingState | None, device: torch.device
+    options: argparse.Namespace, plan: Plan, saved: run_state.TrainingState | None, device: torch.device
 ) -> Models:
     """Network, averages and optimizer on all processes, as initialised or as `saved`."""
     torch.manual_seed(options.seed)  # the initial weights are the only use of the global generator

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from errors import OneLineParser, UserError, exits_on_user_error
-from files import write_text
+from common.errors import OneLineParser, UserError, exits_on_user_error
+from common.files import write_text
 from models import checkpoints
-from models.vae import portable_name
+from models.autoencoder import portable_name
 from training.logging import read_metrics
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

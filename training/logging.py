@@ -23,8 +23,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from errors import spared_by
-from files import naming, write_text, written_aside
+from common.errors import spared_by
+from common.files import naming, write_text, written_aside
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")

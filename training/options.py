@@ -5,9 +5,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import OneLineParser, UserError, tell
-from flags import PRECISIONS, number, numbers
-from processes import launcher_setting
+from common.errors import OneLineParser, UserError, tell
+from common.flags import PRECISIONS, number, numbers
+from common.processes import launcher_setting
 
 # What, with architecture and data, makes two runs one experiment: a checkpoint continues only under equal values.
 EXPERIMENT = (

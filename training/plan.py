@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.errors import UserError
+from common.files import file_sha256
+from common.processes import require_compiler
 from dataset import LatentData, open_latents
-from errors import UserError
-from files import file_sha256
 from models import DeepFlow, create_model
+from models.autoencoder import portable_name
 from models.presets import model_config
 from models.ssl_encoders import RANDOM, encoder_width, require_weights
-from models.vae import portable_name
-from processes import require_compiler
-from ssl_features import PackedFeatures
-from training import checkpointing
+from storage.features import PackedFeatures
+from training import run_state
 from training.logging import code_commit
 from training.options import EXPERIMENT, resolve_precision
 from training.parallel import is_sharded
@@ -137,7 +137,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         experiment=experiment | network.config | {"data": identity(options, data, features)},
         total_steps=min(options.max_train_steps, math.ceil(options.epochs * images / options.batch_size)),
         micro_batch=options.batch_size // parts,
-        resume_from=checkpointing.find(run, options.resume, options.resume_step),
+        resume_from=run_state.find(run, options.resume, options.resume_step),
     )
 
 

@@ -8,15 +8,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from common.errors import UserError, spared_by
 from dataset import LatentData
-from errors import UserError, spared_by
 from evaluation import evaluate, extract, load_extractor, open_images
 from evaluation.metrics import check_images
 from generate import Settings, generate_images, images_per_block
-from generation.labels import choose_labels
+from generation.conditions import choose_labels
 from generation.pictures import save_grid
 from models import DeepFlow
-from models.vae import check_channels, decode, load_recorded_vae, load_vae
+from models.autoencoder import check_channels, decode, load_recorded_vae, load_vae
 from training.parallel import whole_copy
 
 

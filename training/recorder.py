@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from accelerate import Accelerator
 
+from common.processes import progress_bar
 from models import checkpoints
-from processes import progress_bar
-from training import checkpointing, logging, parallel
+from training import logging, parallel, run_state
 from training.build import Models
 from training.guard import LossScale
 from training.optimizer import schedule
@@ -90,10 +90,10 @@ class Recorder:
         weights = parallel.whole_weights(models.network)
         averaged = {name: parallel.whole_weights(ema.model) for name, ema in models.emas.items()}
         if self.accelerator.is_main_process:
-            state = checkpointing.TrainingState(step, self.plan.experiment, weights, averaged, trainer)
+            state = run_state.TrainingState(step, self.plan.experiment, weights, averaged, trainer)
             metadata = describe_model(options, self.plan.data, step)
             keep = options.keep_last, options.keep_every
-            checkpointing.save(self.plan.run, state, self.plan.config, metadata, *keep)
+            run_state.save(self.plan.run, state, self.plan.config, metadata, *keep)
         self.accelerator.wait_for_everyone()
 
     def write_preview(self, step: int) -> None:
@@ -110,7 +110,7 @@ class Recorder:
         averaged = {name: parallel.whole_weights(ema.model) for name, ema in self.models.emas.items()}
         if self.accelerator.is_main_process:
             run, metadata = self.plan.run, describe_model(self.options, self.plan.data, step)
-            for name, file in checkpointing.average_files(averaged).items():
+            for name, file in run_state.average_files(averaged).items():
                 checkpoints.save(run / file, averaged[name], self.plan.config, {**metadata, "ema": name})
             curves = logging.plot_losses(run)
             where = f"weights {run / checkpoints.EMA_NAME}{f', loss curves {curves}' if curves else ''}"

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.flags import PRECISIONS
+from common.processes import reported_by_any_process
 from dataset import LatentBatch
-from flags import PRECISIONS
 from loss import DeepFlowLoss
-from models.vae import sample_latents
-from processes import reported_by_any_process
+from models.autoencoder import sample_latents
 from training import parallel
 from training.guard import NamedTerms, Verdict
 from training.optimizer import skips_on_device

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from errors import UserError, tell
+from common.errors import UserError, tell
 
 
 def choose_labels(

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from models import checkpoints as model_files
 
 FOLDER = re.compile(r"step-(\d{7,})")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from errors import UserError
+from common.errors import UserError
 
 # What a network runs in by autocast; "no" is no autocast.
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

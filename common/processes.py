@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
-from errors import UserError
+from common.errors import UserError
 
 PATIENCE = timedelta(hours=1)  # for a process that writes a checkpoint, or extracts features, while others wait
 

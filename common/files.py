@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from errors import UserError
+from common.errors import UserError
 
 PATIENCE = 3.0  # seconds
 REPOSITORY = Path(__file__).resolve().parent

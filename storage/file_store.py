@@ -16,8 +16,8 @@ from posixpath import normpath, splitext
 
 import numpy as np
 
-from errors import UserError
-from image_files import IMAGE_SUFFIXES, read_rgb
+from common.errors import UserError
+from storage.image_files import IMAGE_SUFFIXES, read_rgb
 
 LABELS = "dataset.json"
 # The layout of the official release records no VAE: it is the SD-VAE's, whatever wrote it.

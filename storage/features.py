@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
 from dataset import LATENTS, LatentData, Layout, MappedRows, PackedFolder, checked_indices
-from errors import UserError
-from file_layout import pairing_name
+from storage.file_store import pairing_name
 
 SHARED = ("count", "resolution", "dtype", "flip", "names", "checksums", "shards")  # with packed latents
 FIELDS: dict[str, Callable[[Any], bool]] = {key: LATENTS.fields[key] for key in SHARED} | {

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errors import UserError, first_line
-from files import REPOSITORY, portable
+from common.errors import UserError, first_line
+from common.files import REPOSITORY, portable
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
