@@ -33,7 +33,7 @@ from common.errors import UserError, exits_on_user_error, memory_told
 from common.files import only_writer
 from common.processes import join_processes, progress_bar
 from dataset import DataOrder, DeviceLatents, latent_batches
-from training import guard, logging, run_state
+from training import guard, records, run_state, trackers
 from training.build import build_loss, build_loss_scale, build_models, load_encoders, load_previews
 from training.optimizer import schedule
 from training.options import parse_options
@@ -83,7 +83,7 @@ def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -
     torch.set_float32_matmul_precision("high" if options.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = options.allow_tf32
     models = build_models(options, plan, saved, device)
-    log, scale = logging.MetricLog(step, options.batch_size), build_loss_scale(options.mixed_precision)
+    log, scale = records.MetricLog(step, options.batch_size), build_loss_scale(options.mixed_precision)
     if saved:
         log.load_state_dict(saved.trainer["log"], models.network.num_branches)
         scale.load_state_dict(saved.trainer["loss_scale"])
@@ -92,7 +92,7 @@ def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -
         run_lock.enter_context(only_writer(plan.run, "--exp-name"))
         prepare_folder(options, plan, step, log.logged_step)
     saved = None  # frees a copy of the weights
-    accelerator = logging.make_accelerator(options, plan.run, step)
+    accelerator = trackers.make_accelerator(options, plan.run, step)
     recorder = Recorder(options, plan, work, models, log, scale, accelerator, previews)
 
     # ---- 3. Data, and what a step does with it ---------------------------------------------------------------------
@@ -193,8 +193,8 @@ def prepare_folder(options: argparse.Namespace, plan: Plan, step: int, logged_st
     if run_state.find(plan.run, options.resume, options.resume_step) != plan.resume_from:
         raise UserError(f"{plan.run} has just been changed by another process: give the same command again")
     plan.run.mkdir(parents=True, exist_ok=True)
-    logging.write_options(plan.run, vars(options), plan.config)
-    logging.truncate_metrics(plan.run, logged_step, step)
+    records.write_options(plan.run, vars(options), plan.config)
+    records.truncate_metrics(plan.run, logged_step, step)
     run_state.set_aside_after(plan.run, step)
 
 

@@ -22,10 +22,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import OneLineParser, exits_on_user_error
-from dataset import DataOrder, DeviceLatents, FileLatents, PackedLatents, latent_batches
+from dataset import DataOrder, DeviceLatents, FileLatents, latent_batches
 from preprocessing.pack import pack
 from preprocessing.packed_writer import packed_manifest, shard_header
 from storage.file_store import LABELS
+from storage.packed import PackedLatents
 
 SHAPE = (8, 32, 32)  # moments of 256 px
 IMAGENET = 1_281_167

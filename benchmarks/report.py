@@ -17,8 +17,8 @@ NOTES = {
     "weights. Times are medians over the timed steps, in parentheses the 10th and 90th percentile. MFU counts a "
     "backward as two forwards and a recomputed forward as none; it is held against the data sheet's dense rate, and "
     "against the matrix product measured beside it. Start-up is the first two steps, compilation included.",
-    "sampling": "SDE through `generate.generate_images`, without decoding. Images/s are extrapolated to 250 steps from "
-    "two short runs, not run; shares count two operations a multiply-add.",
+    "sampling": "SDE through `generation/images.py`, without decoding. Images/s are extrapolated to 250 steps from two "
+    "short runs, not run; shares count two operations a multiply-add.",
     "throughput": "Random weights, the real architectures.",
     "memory": "Powers of two, two eager steps each with one average of the weights; the estimate is the dry run's.",
 }

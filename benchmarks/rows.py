@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import write_text
 from common.processes import usable_device
 from models import DeepFlow, create_model
-from training.logging import code_commit
+from training.records import code_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT_OF_MEMORY = "out of memory"

@@ -3,9 +3,9 @@
     python -m benchmarks.sampling --output sampling.json
     python -m benchmarks.sampling --model DeepFlow-B/2-2T --precisions no,bf16 --device cpu
 
-Images are made by `generate.generate_images` in its own blocks, of latents that are not decoded. Two short runs of the
-SDE, of --steps and three times as many, give the time of a step and what does not grow with the steps; from these
-follow the images/s of 250 steps, which are not run here.
+Images are made by `generation/images.py` in its own blocks, of latents that are not decoded. Two short runs of the SDE,
+of --steps and three times as many, give the time of a step and what does not grow with the steps; from these follow the
+images/s of 250 steps, which are not run here.
 """
 
 import itertools
@@ -24,10 +24,11 @@ from benchmarks.profiling import profile
 from benchmarks.rows import SIZES, TINY_SIZES, Rows, benchmark_device, fresh_start, random_network, summary, words
 from common.errors import OneLineParser, UserError, exits_on_user_error
 from common.flags import PRECISIONS, number
-from generate import Settings, arithmetic, generate_images, images_per_block, prepare_network
+from generation.images import arithmetic, generate_images, images_per_block, prepare_network
+from generation.options import Settings
 from models import create_model
-from training.logging import memory_gib
 from training.plan import peak_flops
+from training.records import memory_gib
 
 FULL_STEPS = 250  # the paper's
 GUIDANCE = {"guided": 1.5, "unguided": 1.0}

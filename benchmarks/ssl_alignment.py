@@ -22,12 +22,13 @@ import torch
 from common.errors import OneLineParser, exits_on_user_error
 from common.flags import PRECISIONS
 from common.processes import usable_device
-from dataset import DataOrder, LatentBatch, PackedLatents, latent_batches
+from dataset import DataOrder, LatentBatch, latent_batches
 from loss import DeepFlowLoss
 from models import DeepFlow, create_model
 from models.ssl_encoders import encoder_width, load_encoder
 from preprocessing.packed_writer import PackedJob, features_manifest, packed_manifest
 from storage.features import PackedFeatures
+from storage.packed import PackedLatents
 from training.optimizer import make_optimizer
 from training.step import TrainingStep
 

@@ -18,11 +18,12 @@ from torch import nn
 
 from benchmarks.rows import Rows, benchmark_device, summary, synchronize, times_of
 from common.errors import OneLineParser, exits_on_user_error
-from dataset import DataOrder, DeviceLatents, PackedLatents, latent_batches
+from dataset import DataOrder, DeviceLatents, latent_batches
 from evaluation.features import load_extractor
 from models.autoencoder import decode, encode_moments
 from models.ssl_encoders import RANDOM, load_encoder
 from preprocessing.packed_writer import packed_manifest, write_packed
+from storage.packed import PackedLatents
 
 SECONDS = 2.0
 

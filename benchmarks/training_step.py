@@ -48,8 +48,8 @@ from models.presets import model_config
 from training.build import compile_network, make_optimizer
 from training.ema import EMA
 from training.guard import LossScale
-from training.logging import memory_gib
 from training.plan import measure, peak_flops
+from training.records import memory_gib
 from training.step import TrainingStep
 
 WARM_UP = 5  # steps after the first

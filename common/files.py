@@ -14,22 +14,24 @@ from typing import TextIO
 from common.errors import UserError
 
 PATIENCE = 3.0  # seconds
-REPOSITORY = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
+def written_aside(path: str | Path, folder: Path | None = None) -> Iterator[Path]:
     """Gives a place beside `path` to write to; renamed to `path` at the end, removed if the writing failed.
 
-    If `path` is a link, the file that it names is written, and the link stays. Raises `OSError`, which names the file
-    even where the system does not, as on a full disk.
+    The place is in `folder`, if one of the same file system is given. If `path` is a link, the file that it names is
+    written, and the link stays. Raises `OSError`, which names the file even where the system does not, as on a full
+    disk.
     """
-    path = real_place(path)
-    aside = path.with_name(f".{path.name}.part")
+    real = real_place(path)
+    beside = folder if folder and real == Path(path) else real.parent
+    aside = beside / f".{real.name}.part"
     try:
-        with naming(path):
+        with naming(real):
             yield aside
-        aside.replace(path)
+        aside.replace(real)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -135,3 +137,50 @@ def _locked(place: Path) -> TextIO | None:
         lock.close()
         return None
     return lock
+
+
+class HashedFile:
+    """A binary file being written, that knows the SHA-256 of what was written to it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file, self._sha256 = os.fdopen(descriptor, "wb"), hashlib.sha256()
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sha256.update(content)
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+    def close(self) -> None:
+        """Close it once its content is on the disk."""
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+@contextmanager
+def hashed_aside(path: Path, folder: Path | None = None) -> Iterator[HashedFile]:
+    """`written_aside` for a file of a dataset, flushed to the disk.
+
+    Raises `UserError` if it cannot be written; then, and after any other exception, `path` is what it was before.
+    """
+    try:
+        with written_aside(path, folder) as aside:
+            file = HashedFile(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
+            try:
+                yield file
+            finally:
+                file.close()
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): free space or change --dest, then give the same "
+            "command again: it continues"
+        ) from error
+
+
+def write_file(place: Path, content: bytes, folder: Path | None = None) -> str:
+    """Write a whole file as `hashed_aside` does; returns its SHA-256."""
+    with hashed_aside(place, folder) as file:
+        file.write(content)
+    return file.hexdigest()

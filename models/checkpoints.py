@@ -1,15 +1,11 @@
-"""Weights in and out: our own checkpoints (safetensors with the architecture inside) and the official release's `.pt`.
+"""Weights in and out: safetensors with the architecture inside; files of others are read by `imports.py`.
 
-Nothing in a file is ever executed: safetensors, or `torch.load(weights_only=True)` with `argparse.Namespace`, the one
-class the official files contain, allowed.
+Nothing in a file is ever executed.
 """
 
-import argparse
 import errno
 import json
 import os
-import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +19,10 @@ from common.errors import UserError
 from common.files import written_aside
 
 from .deepflow import DeepFlow
-from .presets import SIZES, equal_branches
+from .imports import infer_config, read_official
 
 HEADER = "deepflow"  # the entry of a safetensors header that holds configuration and metadata
 EMA_NAME = "ema.safetensors"  # what a folder is searched for
-REPA_DEPTH = 8  # blocks after which REPA aligns
-HEADS_OF_WIDTH = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 
 
 class Checkpoint(NamedTuple):
@@ -98,7 +92,7 @@ def read(path: str | Path, fallbacks: Mapping[str, Any] | None = None, **overrid
     path = file_of(path)
     fallbacks = {key: value for key, value in (fallbacks or {}).items() if value is not None}
     ours = path.suffix == ".safetensors"
-    checkpoint = read_safetensors(path) if ours else read_official(path, overrides, fallbacks)
+    checkpoint = read_safetensors(path) if ours else Checkpoint(*read_official(path, overrides, fallbacks))
     if not checkpoint.config:
         checkpoint = checkpoint._replace(config=infer_config(checkpoint.weights, fallbacks, overrides, str(path)))
     config = {**checkpoint.config, **{key: value for key, value in overrides.items() if value is not None}}
@@ -128,85 +122,6 @@ def read_safetensors(path: Path) -> Checkpoint:
         return Checkpoint(dict(header["config"]), weights, dict(header["metadata"]))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or not safetensors ({error}): copy or download it again") from error
-
-
-def read_official(path: Path, overrides: Mapping[str, Any], fallbacks: Mapping[str, Any]) -> Checkpoint:
-    """A `.pt` of the official release: a dict with `ema` (else `model`) weights and its flags in `args`."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds for damaged files, and advises to switch the safety off
-        raise UserError(
-            f"{path} is damaged, no torch file, or holds more than weights and flags: expected a .pt as the official "
-            "release writes, or a .safetensors of ours"
-        ) from error
-    weights = content.get("ema", content.get("model", content)) if isinstance(content, dict) else None
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(
-            f"{path} holds no weights: expected a dict with `ema` or `model`, as the official release writes"
-        )
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
-    flags = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-    told = {**fallbacks, **{key: value for key, value in flags.items() if value is not None}}
-    metadata = {"path_type": flags["path_type"]} if "path_type" in flags else {}
-    return Checkpoint(infer_config(weights, told, overrides, str(path)), weights, metadata)
-
-
-def infer_config(
-    weights: Mapping[str, Tensor], flags: Mapping[str, Any], overrides: Mapping[str, Any], name: str
-) -> dict[str, Any]:
-    """The architecture of official-format weights.
-
-    Sizes are read off the shapes. What shapes cannot tell comes from `overrides`, else from the official release's
-    `flags`: number of heads (else by width, as in the paper's family), df_idxs (else equal branches), legacy_scaling,
-    and the repa_depth of an aligned SiT (else REPA's own).
-    """
-    try:
-        hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
-        tokens = weights["pos_embed"].shape[1]
-        num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
-    except KeyError as error:
-        raise UserError(f"{name} is not a DeepFlow checkpoint: it has no tensor {error}") from error
-    except ValueError as error:
-        raise UserError(f"{name} is not a DeepFlow checkpoint: its patch embedding is no convolution") from error
-    depth = 1 + max((int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, weights) if m), default=-1)
-    gaps = 1 + max((int(m[1]) for m in map(re.compile(r"df_blocks\.(\d+)\.").match, weights) if m), default=-1)
-    projectors = 1 + max((int(m[1]) for m in map(re.compile(r"projectors\.(\d+)\.").match, weights) if m), default=-1)
-    try:
-        ssl_dims = [weights[f"projectors.{i}.4.weight"].shape[0] for i in range(projectors // max(gaps, 1))]
-    except KeyError as error:
-        raise UserError(f"{name} has {projectors} projectors, but no tensor {error}") from error
-    hidden = weights.get("df_blocks.0.acc_mlp.0.weight", weights.get("projectors.0.0.weight"))
-    told = {**flags, **{key: value for key, value in overrides.items() if value is not None}}
-
-    df_idxs = told.get("df_idxs")
-    if isinstance(df_idxs, str):
-        df_idxs = [int(number) for number in re.findall(r"-?\d+", df_idxs)]
-    if df_idxs is None:
-        df_idxs = equal_branches(depth, gaps + 1)
-    if len(df_idxs) != gaps:
-        raise UserError(
-            f"{name} has {gaps} VeRA blocks, but df_idxs is {list(df_idxs)}: give {gaps} entries (--df-idxs)"
-        )
-    num_heads = told.get("num_heads", HEADS_OF_WIDTH.get(hidden_size))
-    if num_heads is None:
-        raise UserError(f"{name} has width {hidden_size}, which is none of the paper's: give num_heads as well")
-    aligned_at_a_block = dict(repa_depth=told.get("repa_depth", REPA_DEPTH)) if ssl_dims and not gaps else {}
-    return dict(
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=num_heads,
-        num_classes=num_classes,
-        projector_dim=2048 if hidden is None else hidden.shape[0],
-        df_idxs=list(df_idxs),
-        legacy_scaling=bool(told.get("legacy_scaling", False)),
-        qk_norm="blocks.0.attn.q_norm.weight" in weights,
-        input_size=round(tokens**0.5) * patch_size,
-        patch_size=patch_size,
-        in_channels=in_channels,
-        ssl_dim=ssl_dims if len(ssl_dims) > 1 else sum(ssl_dims),
-        **aligned_at_a_block,
-    )
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -33,7 +33,7 @@ from preprocessing.pack import pack
 from preprocessing.pixels import TRANSFORMS
 from preprocessing.stats import write_reference
 from preprocessing.verify import info, verify
-from storage.file_store import SD_VAE
+from storage.official import SD_VAE
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

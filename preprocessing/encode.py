@@ -11,11 +11,10 @@ import torch
 
 from common.errors import UserError
 from common.files import only_writer
-from common.processes import progress_bar
+from common.processes import Processes, joined_processes, progress_bar
 from models.autoencoder import encode_moments, load_vae, weights_sha256
 from preprocessing.images import SourceImages, list_images, tell_passed_over, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
-from preprocessing.processes import Processes, joined_processes
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
 from storage.file_store import FileStore, read_image

@@ -13,15 +13,15 @@ import numpy as np
 from common.errors import UserError
 from common.files import only_writer, real_place
 from common.flags import PRECISIONS
-from dataset import MANIFEST, PackedLatents
+from common.processes import joined_processes
 from models.autoencoder import weights_sha256
 from models.ssl_encoders import load_encoder
 from preprocessing.encode import ImageBatches, encode_units
 from preprocessing.images import list_images, tell_passed_over
 from preprocessing.packed_writer import SHARD_BYTES, PackedJob, features_manifest, row_type
-from preprocessing.processes import joined_processes
 from preprocessing.source_identity import source_sha256
 from storage.file_store import FileStore
+from storage.packed import MANIFEST, PackedLatents
 
 
 def encode_ssl(

@@ -11,7 +11,8 @@ from preprocessing.images import SourceImages, list_images, warn_of_empty_classe
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
-from storage.file_store import LABELS, SD_VAE, FileLatents, image_folder, pairing_name, read_image
+from storage.file_store import LABELS, read_image
+from storage.official import SD_VAE, FileLatents, image_folder, pairing_name
 
 
 def pack(

@@ -25,11 +25,11 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import json_bytes, real_place
-from dataset import FORMAT, FORMAT_VERSION, LATENTS, MANIFEST, read_manifest
-from preprocessing.destination import files_in, write_file, written_aside
+from common.files import hashed_aside, json_bytes, real_place, write_file
+from preprocessing.destination import files_in
 from storage.features import FEATURES
 from storage.file_store import load_npy
+from storage.packed import FORMAT, FORMAT_VERSION, LATENTS, MANIFEST, read_manifest
 
 SHARD_BYTES = 2**31  # few files, yet each is quick to copy and to check
 UNIT_ROWS = 512  # what a kill costs at most, in each process,
@@ -244,7 +244,7 @@ class PackedJob:
     def _write_shard(self, field: str, rows: range, place: Path, record: Path) -> None:
         """Write samples `rows` of a field to `place`; their checksums go to `record`, before `place` is there."""
         checksums = []
-        with written_aside(place, self.work) as shard:
+        with hashed_aside(place, self.work) as shard:
             shard.write(shard_header(self.manifest, field, len(rows)))
             for unit in range(rows.start // self.unit_rows, -(-rows.stop // self.unit_rows)):
                 unit_rows = self.rows_of(unit)

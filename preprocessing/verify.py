@@ -12,12 +12,14 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import file_sha256
-from dataset import LATENTS, MANIFEST, open_latents, read_manifest
+from dataset import open_latents
 from preprocessing.images import list_images
 from preprocessing.pack import check_files
 from preprocessing.packed_writer import LAYOUTS, row_type, shard_header
 from storage.features import FEATURES, PackedFeatures
-from storage.file_store import FileLatents, UnreadableFolder
+from storage.file_store import UnreadableFolder
+from storage.official import FileLatents
+from storage.packed import LATENTS, MANIFEST, read_manifest
 
 CHUNK_BYTES = 2**22
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from training.logging import read_metrics
+from training.records import read_metrics
 
 NAMES = {"untrained": "untrained DeepFlow", "sit": "SiT", "deepflow": "DeepFlow-2T", "real": "real vs real"}
 

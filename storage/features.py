@@ -1,6 +1,6 @@
 """Features of an SSL encoder, computed once and packed: with them training needs neither images nor encoder.
 
-A folder written by `dataset_tools encode-ssl`, in the form of packed latents (see `dataset.py`):
+A folder written by `dataset_tools encode-ssl`, in the form of packed latents (see `storage/packed.py`):
 
     dataset.json          the manifest, written last: encoder, its weights' checksum, tokens, width
     features-00000.npy    (n, T, z) patch tokens, float16 or float32; with flips (n, 2, T, z), of the mirror image too
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from dataset import LATENTS, LatentData, Layout, MappedRows, PackedFolder, checked_indices
-from storage.file_store import pairing_name
+from storage.official import FileLatents, pairing_name
+from storage.packed import LATENTS, Layout, MappedRows, PackedFolder, PackedLatents, checked_indices
 
 SHARED = ("count", "resolution", "dtype", "flip", "names", "checksums", "shards")  # with packed latents
 FIELDS: dict[str, Callable[[Any], bool]] = {key: LATENTS.fields[key] for key in SHARED} | {
@@ -56,7 +56,7 @@ class PackedFeatures(PackedFolder):
         """
         return self._features.gather(self._views(checked_indices(indices, len(self)), mirrored))
 
-    def check_belongs(self, data: LatentData, tokens: int) -> None:
+    def check_belongs(self, data: PackedLatents | FileLatents, tokens: int) -> None:
         """Raise `UserError` unless these are the features of the images that `data` are the latents of, in its order.
 
         `tokens` is the number T that the network has. Images and latents belong together by name, see `pairing_name`.

@@ -1,7 +1,6 @@
 """Folders and zips of one file a sample with labels in a `dataset.json`: images, and the official release's latents."""
 
 import errno
-import hashlib
 import io
 import json
 import lzma
@@ -10,21 +9,15 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
-from posixpath import normpath, splitext
+from posixpath import normpath
 
 import numpy as np
 
 from common.errors import UserError
-from storage.image_files import IMAGE_SUFFIXES, read_rgb
+from storage.image_files import read_rgb
 
 LABELS = "dataset.json"
-# The layout of the official release records no VAE: it is the SD-VAE's, whatever wrote it.
-SD_VAE = "stabilityai/sd-vae-ft-ema"
-SD_SCALING_FACTOR = 0.18215
-SD_REDUCTION = 8  # pixels a latent
-SD_CHANNELS = 8  # of its moments: mean and std of four
 MAX_CLASSES = 2**20  # far above any dataset's; a damaged label would have names made for all below it
 
 SYSTEM_NAMES = {  # in lower case; what begins with a dot is hidden anyway, such as .DS_Store or .ipynb_checkpoints
@@ -311,20 +304,6 @@ def load_npy(source: Path | io.BytesIO, remedy: str, place: Path | None = None) 
         raise UserError(f"{place or source} is damaged ({reason}): {remedy}") from error
 
 
-def pairing_name(name: str) -> str:
-    """What a latent file and its image have in common: the path without suffix, and without the `-mean-std-` that
-    REPA's tool puts in the name of latents ("00000/img-mean-std-00000042.npy" is of "00000/img00000042.png")."""
-    return splitext(name)[0].replace("img-mean-std-", "img")
-
-
-def image_folder(latents: Iterable[str], images: Iterable[str]) -> str:
-    """The folder, such as `images/`, below which images have the names of their latents; `""` if they have them as they
-    are, or not at all. Zips often have one folder at their top."""
-    wanted = min(map(pairing_name, latents))
-    first = min(map(pairing_name, images), default="")
-    return first.removesuffix(wanted) if first.endswith(f"/{wanted}") else ""
-
-
 def read_image(store: FileStore, name: str) -> np.ndarray:
     """The image `name` of a store, upright, as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor
     greyscale."""
@@ -340,123 +319,3 @@ def read_image(store: FileStore, name: str) -> np.ndarray:
     if mode not in ("RGB", "L"):
         raise UserError(f"{place} is in mode {mode}, expected RGB: run dataset_tools convert first")
     return np.array(image)
-
-
-class FileLatents:
-    """Latents in the layout of the official release and of REPA's tool: one `.npy` an image, in a folder or zip.
-
-    Each file holds moments (8, h, w) of the SD-VAE; `dataset.json` lists every file with its label, and only what it
-    lists counts. Files are not looked for: a missing one is reported when it is read, or by `dataset_tools verify`.
-    Attributes and methods are those of `dataset.PackedLatents`, without flips; samples are sorted by name. `images` is
-    the folder or zip of the images, if there is one: each of the name of its latents, see `pairing_name`, and all of
-    one format.
-
-    Raises `UserError` if `dataset.json` is missing or not of this form, or the first file holds no moments.
-    """
-
-    has_flips = False
-    scaling_factor = SD_SCALING_FACTOR
-
-    def __init__(self, path: str | Path, images: str | Path | None = None) -> None:
-        self.store = FileStore(path)
-        self.images = None if images is None else FileStore(images)
-        self.has_images = images is not None
-        self.path = self.store.path
-        label_of, self.class_names = read_labels(self.store)
-        self.names = sorted(label_of)
-        self.num_classes = len(self.class_names)
-        self.labels = np.array([label_of[name] for name in self.names], np.int64)
-        if not self.names or not self.names[0].endswith(".npy"):
-            found = self.names[0] if self.names else "nothing"
-            raise UserError(f"{self.path / LABELS} lists {found}, expected .npy files of moments: encode images first")
-        first = self._load(self.names[0])
-        self.latent_shape, self.dtype = first.shape, first.dtype
-        if len(first.shape) != 3 or len(first) != SD_CHANNELS or first.dtype.kind != "f":
-            drawn = " (latents already drawn?)" if len(first.shape) == 3 and len(first) == SD_CHANNELS // 2 else ""
-            raise UserError(
-                f"{self.path / self.names[0]} holds {first.shape} {first.dtype}{drawn}, expected moments "
-                f"({SD_CHANNELS}, h, w) of the SD-VAE, mean and std stacked: encode the images again"
-            )
-        self.read(0)
-        listed = json.dumps([self.names, self.labels.tolist()]).encode()
-        self.manifest = {
-            "format": "files",
-            "count": len(self.names),
-            "num_classes": self.num_classes,
-            "class_names": self.class_names,
-            "resolution": SD_REDUCTION * first.shape[1],
-            "latent_shape": list(first.shape),
-            "dtype": str(first.dtype),
-            "vae": SD_VAE,
-            "vae_sha256": None,
-            "scaling_factor": self.scaling_factor,
-            "labels": {"file": LABELS, "sha256": hashlib.sha256(listed).hexdigest()},
-        }
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __reduce__(self) -> tuple:
-        return FileLatents, (self.path, self.images and self.images.path)
-
-    @cached_property
-    def class_counts(self) -> np.ndarray:
-        """How many samples each class has, (num_classes,) int64."""
-        return np.bincount(self.labels, minlength=self.num_classes)
-
-    def _load(self, name: str) -> np.ndarray:
-        content = io.BytesIO(self.store.read(name))
-        return load_npy(content, "copy it again or encode it again", self.path / name)
-
-    def read(self, index: int) -> np.ndarray:
-        """Moments (8, h, w) of one sample; `UserError` names a file that is missing, damaged, unlike the first, or
-        without a std."""
-        moments = self._load(self.names[index])
-        if moments.shape != self.latent_shape or moments.dtype != self.dtype:
-            raise UserError(
-                f"{self.path / self.names[index]} holds {moments.shape} {moments.dtype}, but {self.names[0]} "
-                f"{self.latent_shape} {self.dtype}: bring all to one size and type"
-            )
-        if (moments[SD_CHANNELS // 2 :] < 0).any():
-            raise UserError(
-                f"{self.path / self.names[index]} has a negative std in its last {SD_CHANNELS // 2} channels, expected "
-                f"moments ({SD_CHANNELS}, h, w) of the SD-VAE, mean and std stacked: encode the images again"
-            )
-        return moments
-
-    def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Moments (B, 2C, h, w) and labels (B,) of samples `indices` (B,); there are no mirror images."""
-        if mirrored is not None and mirrored.any():
-            raise ValueError(f"{self.path} has no moments of mirror images")
-        return np.stack([self.read(index) for index in indices]), self.labels[indices]
-
-    @cached_property
-    def _image_form(self) -> tuple[str, str]:
-        """What stands before and after the names of all images: what does with the first."""
-        stem, suffixes = pairing_name(self.names[0]), (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
-        for suffix in suffixes:
-            if self.images.has(stem + suffix):
-                return "", suffix
-        images = [name for name in self.images.names() if name.endswith(suffixes)]
-        if folder := image_folder(self.names, images):
-            return folder, next(suffix for suffix in suffixes if self.images.has(folder + stem + suffix))
-        raise UserError(
-            f"{self.images.path} has no image {stem}, which {self.path / self.names[0]} is of: bring images and "
-            "latents to the same names"
-        )
-
-    def gather_images(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
-        """Pixels (B, H, W, 3) uint8 of samples `indices` (B,); `UserError` if one is missing, or of another size."""
-        if self.images is None:
-            raise UserError(f"{self.path} has no images beside it: expected a folder images, or images.zip")
-        side, images, (folder, suffix) = self.manifest["resolution"], [], self._image_form
-        for index in indices:
-            name = folder + pairing_name(self.names[index]) + suffix
-            images.append(read_image(self.images, name))
-            if images[-1].shape != (side, side, 3):
-                height, width = images[-1].shape[:2]
-                raise UserError(
-                    f"{self.images.path / name} is {width} x {height} pixels, but its latents are of {side} x {side}: "
-                    "give the images that were encoded"
-                )
-        return np.stack(images)

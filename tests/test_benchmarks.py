@@ -9,7 +9,7 @@ import pytest
 from sample_data import contents
 
 from benchmarks import data_loading, evaluation, sample_file, ssl_alignment
-from dataset import PackedLatents
+from storage.packed import PackedLatents
 
 
 def test_data_loading_measures_every_layout(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDEN
 
 from common.errors import UserError
-from models import DeepFlow, checkpoints
+from models import DeepFlow, checkpoints, imports
 
 TINY = dict(hidden_size=16, depth=4, num_heads=2, num_classes=3, projector_dim=8, df_idxs=[2], input_size=4)
 
@@ -92,7 +92,7 @@ def test_official_checkpoint_without_flags_is_inferred_from_shapes(tmp_path, gol
 def test_published_architectures_are_inferred(name, heads, df_idxs, ssl_dim):
     shapes = json.loads((GOLDEN / "official_checkpoint_keys.json").read_text())[name]
     weights = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    config = checkpoints.infer_config(weights, {}, {}, name)
+    config = imports.infer_config(weights, {}, {}, name)
     assert (config["num_heads"], config["df_idxs"], config["ssl_dim"]) == (heads, df_idxs, ssl_dim)
     assert checkpoints.shapes_of(config) == {key: tuple(shape) for key, shape in shapes.items()}
 

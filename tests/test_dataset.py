@@ -17,8 +17,10 @@ from sample_data import COUNT, SHAPE, write_dataset, write_files
 
 import dataset
 from common.errors import UserError
-from dataset import DataOrder, DeviceLatents, LatentBatch, PackedLatents, latent_batches, open_latents, read_manifest
-from storage.file_store import FileLatents
+from dataset import DataOrder, DeviceLatents, LatentBatch, latent_batches, open_latents
+from storage import packed
+from storage.official import FileLatents
+from storage.packed import PackedLatents, read_manifest
 
 
 @pytest.fixture
@@ -47,11 +49,11 @@ def test_gather_returns_what_was_written(tmp_path, dtype):
 
 @pytest.mark.parametrize(("speed", "asks"), [(1e30, True), (1, False)])  # every read is slow, none is
 def test_asking_the_disk_in_advance_changes_no_result(folder, monkeypatch, speed, asks):
-    monkeypatch.setattr(dataset, "COLD_SPEED", speed)
+    monkeypatch.setattr(packed, "COLD_SPEED", speed)
     data, asked = PackedLatents(folder), []
     monkeypatch.setattr(data._moments, "_ask_for", lambda *args, real=data._moments._ask_for: asked.append(real(*args)))
     expected = data.gather(np.arange(COUNT))[0]
-    for _ in range(dataset.COLD_READS):
+    for _ in range(packed.COLD_READS):
         data.gather(np.arange(COUNT))
     asked.clear()
     np.testing.assert_array_equal(data.gather(np.arange(COUNT))[0], expected)
@@ -139,7 +141,7 @@ def test_a_damaged_dataset_is_refused_by_name(folder, damage, message):
         PackedLatents(folder)
 
 
-@pytest.mark.parametrize("key", [*dataset.FIELDS, "image_shards"])
+@pytest.mark.parametrize("key", [*packed.FIELDS, "image_shards"])
 def test_every_damaged_key_of_the_manifest_is_one_line(folder, key):
     whole = json.loads((folder / "dataset.json").read_text())
     if key == "image_shards":

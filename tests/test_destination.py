@@ -12,17 +12,16 @@ from sample_data import contents, make_images, make_vae, ordinary_user, start, w
 
 from common import files
 from common.errors import UserError
-from common.files import only_writer
+from common.files import hashed_aside, only_writer, write_file
 from preprocessing import convert as convert_module
 from preprocessing.convert import convert
-from preprocessing.destination import write_file, written_aside
 from preprocessing.encode import encode
 from preprocessing.pack import pack
 from preprocessing.stats import write_reference
 
 
 def test_a_file_appears_whole_with_its_checksum(tmp_path):
-    with written_aside(tmp_path / "file") as file:
+    with hashed_aside(tmp_path / "file") as file:
         file.write(b"one ")
         assert not (tmp_path / "file").exists()
         file.write(b"two")
@@ -32,7 +31,7 @@ def test_a_file_appears_whole_with_its_checksum(tmp_path):
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path):
     write_file(tmp_path / "file", b"old")
-    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "file") as file:
+    with pytest.raises(KeyboardInterrupt), hashed_aside(tmp_path / "file") as file:
         file.write(b"new")
         raise KeyboardInterrupt
     assert (tmp_path / "file").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import evaluate
-from generation import options as generate_options
+from generation import options
 from preprocessing import dataset_tools
 from training import options as train_options
 
@@ -62,7 +62,7 @@ MOVING = [
 COMMANDS = dataset_tools.build_parser()._subparsers._group_actions[0].choices
 PARSERS = {
     "train.py": train_options.build_parser(),
-    "generate.py": generate_options.build_parser(),
+    "generate.py": options.build_parser(),
     "evaluate.py": evaluate.build_parser(),
     **{f"dataset_tools {name}": parser for name, parser in COMMANDS.items()},
 }

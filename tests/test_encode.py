@@ -28,12 +28,12 @@ from sample_data import (
 
 from common.errors import UserError
 from common.files import only_writer
-from dataset import PackedLatents
 from preprocessing import encode as encode_module
 from preprocessing import packed_writer
 from preprocessing.encode import encode
 from preprocessing.encode_ssl import encode_ssl
 from preprocessing.images import list_images
+from storage.packed import PackedLatents
 
 
 @pytest.fixture(scope="module")

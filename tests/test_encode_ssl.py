@@ -13,7 +13,6 @@ from sample_data import contents, kill_ten_times, make_images, make_vae, run_mai
 from test_verify import flip_bit
 
 from common.errors import UserError
-from dataset import PackedLatents
 from models import ssl_encoders
 from models.ssl_encoders import load_encoder
 from preprocessing import encode_ssl as encode_ssl_module
@@ -23,6 +22,7 @@ from preprocessing.encode_ssl import check_disk, describe_size, encode_ssl
 from preprocessing.packed_writer import features_manifest
 from preprocessing.verify import info, verify
 from storage.features import PackedFeatures
+from storage.packed import PackedLatents
 
 VIT = "timm:vit_tiny_patch16_224"
 

@@ -18,6 +18,7 @@ from common.errors import UserError
 from evaluation import ImageArchive, compare, evaluate, extract, extraction, frechet_distance, metrics, open_images
 from evaluation.features import Features
 from evaluation.statistics import FeatureStatistics
+from generation.options import build_parser as generate_parser
 
 
 @pytest.fixture
@@ -509,7 +510,7 @@ def test_what_spoils_a_comparison_is_noted(rng, tmp_path, monkeypatch, capsys):
 
 def test_no_flag_is_both_evaluates_and_generates():
     flags = [{f for action in parser._actions for f in action.option_strings} - {"-h", "--help"}
-             for parser in (command.build_parser(), command.generate.build_parser())]  # fmt: skip
+             for parser in (command.build_parser(), generate_parser())]  # fmt: skip
     assert flags[0] and flags[1] and not flags[0] & flags[1]
 
 

@@ -12,7 +12,8 @@ from sample_data import COUNT, start, write_files
 
 from common.errors import UserError
 from dataset import open_latents
-from storage.file_store import BadFile, FileLatents, FileStore
+from storage.file_store import BadFile, FileStore
+from storage.official import FileLatents
 
 
 @pytest.fixture(params=["folder", "zip"])

@@ -13,6 +13,8 @@ from sample_data import killed_at, moments_of
 import generate
 from common import files
 from common.errors import UserError
+from generation import checkpoint, images
+from generation.options import Settings
 from models import DeepFlow, checkpoints
 
 TINY = dict(hidden_size=16, depth=2, num_heads=2, num_classes=3, projector_dim=8, df_idxs=[1], input_size=4)
@@ -90,7 +92,7 @@ SAMPLERS = {
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_are_the_same_bytes_at_any_batch_size(monkeypatch, run, tmp_path, sampler):
-    monkeypatch.setitem(generate.BLOCK_TOKENS, "cpu", 16)  # four images of four tokens
+    monkeypatch.setitem(images.BLOCK_TOKENS, "cpu", 16)  # four images of four tokens
     flags = [str(run / "weak.safetensors") if flag == "WEAK" else flag for flag in SAMPLERS[sampler]]
     seen, total = {}, 16 if sampler == "dopri5" else 64
     for name, size, count in (("a", 1, total), ("b", 8, total), ("c", 64, total), ("fewer", 8, total - 2)):
@@ -104,11 +106,11 @@ def test_samples_are_the_same_bytes_at_any_batch_size(monkeypatch, run, tmp_path
 
 
 def test_the_iterator_makes_any_subset(run, monkeypatch):
-    monkeypatch.setitem(generate.BLOCK_TOKENS, "cpu", 16)
+    monkeypatch.setitem(images.BLOCK_TOKENS, "cpu", 16)
     model = checkpoints.load(run)
     decode = lambda z: (z * 40 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)[..., :3].contiguous()  # noqa: E731
-    settings, labels = generate.Settings(method="heun", num_steps=3, cfg_scale=2.0), np.arange(10) % 3
-    make = lambda indices, size: list(generate.generate_images(model, decode, labels, settings, indices, size))  # noqa: E731
+    settings, labels = Settings(method="heun", num_steps=3, cfg_scale=2.0), np.arange(10) % 3
+    make = lambda indices, size: list(images.generate_images(model, decode, labels, settings, indices, size))  # noqa: E731
     (everything,) = make(range(10), 10)
     assert everything.indices == list(range(10)) and everything.labels.tolist() == labels.tolist()
     parts = make([9, 2, 5, 2], 1)
@@ -123,7 +125,7 @@ def test_the_iterator_makes_any_subset(run, monkeypatch):
 
 def test_killed_at_random_moments_and_continued_by_any_number_of_processes(monkeypatch, run, tmp_path):
     flags = ["--mode", "ode", "--num-steps", "20", "--cfg-scale", "2", "--num-fid-samples", "62", "--name", "x"]
-    monkeypatch.setitem(generate.BLOCK_TOKENS, "cpu", 16)
+    monkeypatch.setitem(images.BLOCK_TOKENS, "cpu", 16)
     command(monkeypatch, run, tmp_path / "whole", *flags)
     work = lambda: command(monkeypatch, run, tmp_path / "killed", *flags, "--per-proc-batch-size", "1")  # noqa: E731
     total = moments_of(work, tmp_path / "killed")
@@ -143,8 +145,8 @@ def test_killed_at_random_moments_and_continued_by_any_number_of_processes(monke
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, run, tmp_path):
-    monkeypatch.setitem(generate.BLOCK_TOKENS, "cpu", 8)  # two images
-    made, make_block = [], generate.make_block
+    monkeypatch.setitem(images.BLOCK_TOKENS, "cpu", 8)  # two images
+    made, make_block = [], images.make_block
 
     def failing(*arguments):
         made.append(arguments[4].start)
@@ -152,7 +154,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, run, tmp_path)
             raise UserError("interrupted")
         return make_block(*arguments)
 
-    monkeypatch.setattr(generate, "make_block", failing)
+    monkeypatch.setattr(images, "make_block", failing)
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, run, tmp_path, "--per-proc-batch-size", "2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npz.part", "x.npz.progress"]
@@ -424,7 +426,7 @@ def test_autoguidance_by_a_checkpoint_of_another_kind_is_refused(run, tmp_path):
     checkpoints.save(other, model.state_dict(), model.config, {})
     options = generate.parse_options(["--ckpt", str(run), "--cfg-scale", "2", "--autoguidance-ckpt", str(other)])
     with pytest.raises(UserError, match="has num_classes 4, but .* has 3"):
-        generate.read_guide(options, generate.read_checkpoint(options))
+        checkpoint.read_guide(options, generate.read_checkpoint(options))
 
 
 def test_labels():
@@ -485,4 +487,4 @@ def test_mistakes_are_one_line_and_exit_code_2(monkeypatch, run, tmp_path, capsy
 def test_vae_of_another_scale_is_refused(monkeypatch, run, tmp_path):
     options = generate.parse_options(["--ckpt", "c", "--vae", str(run / "vae")])
     with pytest.raises(UserError, match=r"scales latents by 0.7, but c was trained on a scale of 0.18215"):
-        generate.load_matching_vae(options, {"scaling_factor": 0.18215}, torch.device("cpu"))
+        checkpoint.load_matching_vae(options, {"scaling_factor": 0.18215}, torch.device("cpu"))

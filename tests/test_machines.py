@@ -16,12 +16,12 @@ from test_generate import command as generate_command
 from test_generate import run  # noqa: F401 - a fixture
 from training_runs import ROOT, metrics_of, tiny_command
 
-import generate
 import train
 from common import processes
 from common.errors import OutOfMemory, UserError, lack_of_memory, memory_told
+from generation import images
 from loss import DeepFlowLoss
-from training import logging
+from training import plots
 from training.ema import EMA
 from training.options import parse_options
 from training.run_state import saved_steps
@@ -109,7 +109,7 @@ def test_a_launcher_that_is_hung_up_lets_its_processes_save(command, tmp_path):
 @pytest.mark.parametrize("name", ["pay_$5_or_$_^6", "a{b}_{", "\\frac$x$", "表情_名$", "two\nlines$", "$"])
 def test_any_name_of_a_run_is_a_title(start, tmp_path, capsys, name):
     if "\\" in name:
-        logging.draw_losses([{"step": 1, "velocity_1": 1.0}], name, tmp_path / "loss.png")
+        plots.draw_losses([{"step": 1, "velocity_1": 1.0}], name, tmp_path / "loss.png")
         assert (tmp_path / "loss.png").exists()
         return
     assert start(name=name, steps=2)
@@ -121,7 +121,7 @@ def test_a_run_does_not_fail_by_its_picture(start, tmp_path, monkeypatch, capsys
     def fail(*_):
         raise RuntimeError("no font\nat all")
 
-    monkeypatch.setattr(logging, "draw_losses", fail)
+    monkeypatch.setattr(plots, "draw_losses", fail)
     assert start(steps=2)
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert lines == [f"warning: {tmp_path / 'run' / 'loss.png'} could not be drawn (no font)"]
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_memory_does_not_hold_is_not_called_damaged(monkeypatc
 
 
 def test_sampling_that_needs_too_much_memory_is_one_line(monkeypatch, capsys, run, tmp_path):  # noqa: F811
-    monkeypatch.setattr(generate, "make_block", too_much)
+    monkeypatch.setattr(images, "make_block", too_much)
     with pytest.raises(SystemExit, match="2"):
         generate_command(monkeypatch, run, tmp_path)
     last = capsys.readouterr().err.splitlines()[-1]

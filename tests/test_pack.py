@@ -12,11 +12,12 @@ from PIL import Image
 from sample_data import COUNT, contents, kill_ten_times, write_files
 
 from common.errors import UserError
-from dataset import DataOrder, PackedLatents, latent_batches, open_latents
+from dataset import DataOrder, latent_batches, open_latents
 from preprocessing import packed_writer
 from preprocessing.pack import pack, pairing_name
 from preprocessing.verify import info, verify
-from storage.file_store import FileLatents
+from storage.official import FileLatents
+from storage.packed import PackedLatents
 
 
 @pytest.fixture

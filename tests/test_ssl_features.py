@@ -12,7 +12,7 @@ from PIL import Image
 from sample_data import COUNT, make_images, make_vae, write_dataset, write_files
 
 from common.errors import UserError
-from dataset import DataOrder, DeviceLatents, PackedLatents, latent_batches, open_latents
+from dataset import DataOrder, DeviceLatents, latent_batches, open_latents
 from loss import DeepFlowLoss
 from models import DeepFlow
 from models.autoencoder import sample_latents
@@ -21,6 +21,7 @@ from preprocessing.encode import encode
 from preprocessing.encode_ssl import encode_ssl
 from preprocessing.packed_writer import PackedJob, features_manifest
 from storage.features import PackedFeatures
+from storage.packed import PackedLatents
 
 TOKENS, WIDTH = 4, 6
 VIT = "timm:vit_tiny_patch16_224"

@@ -20,7 +20,7 @@ from dataset import DataOrder
 from loss import DeepFlowLoss
 from models import checkpoints
 from preprocessing.pack import pack
-from training import build, logging
+from training import build, records
 from training.ema import EMA
 from training.guard import LossScale
 from training.optimizer import schedule
@@ -376,5 +376,5 @@ def test_what_a_power_failure_left_of_the_metrics_keeps_no_run_from_going_on(sta
 def test_metrics_on_a_full_disk_are_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as error:
-        logging.append_metrics(tmp_path, {"step": 1})
+        records.append_metrics(tmp_path, {"step": 1})
     assert error.value.filename == str(tmp_path / "metrics.jsonl")  # errors without a name end in a traceback

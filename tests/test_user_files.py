@@ -17,7 +17,7 @@ from PIL import Image
 from sample_data import make_images, make_vae, ordinary_user, run_main, write_files
 
 from common.errors import UserError
-from dataset import PackedLatents, open_latents
+from dataset import open_latents
 from preprocessing.convert import convert
 from preprocessing.encode import encode
 from preprocessing.encode_ssl import _inspect
@@ -27,6 +27,7 @@ from preprocessing.picture_source import list_pictures
 from preprocessing.stats import write_reference
 from preprocessing.verify import info, verify
 from storage.file_store import FileStore
+from storage.packed import PackedLatents
 
 ROOT = Path(__file__).resolve().parent.parent
 

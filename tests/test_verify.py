@@ -8,9 +8,9 @@ import pytest
 from sample_data import make_images, make_vae, write_dataset, write_files
 
 from common.errors import UserError
-from dataset import PackedLatents
 from preprocessing.encode import encode
 from preprocessing.verify import info, verify
+from storage.packed import PackedLatents
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from common.errors import OneLineParser, UserError, exits_on_user_error
 from common.files import write_text
 from models import checkpoints
 from models.autoencoder import portable_name
-from training.logging import read_metrics
+from training.records import read_metrics
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FIXED = "pos_embed"  # computed, not trained: rounding it would gain nothing

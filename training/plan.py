@@ -26,9 +26,9 @@ from models.presets import model_config
 from models.ssl_encoders import RANDOM, encoder_width, require_weights
 from storage.features import PackedFeatures
 from training import run_state
-from training.logging import code_commit
 from training.options import EXPERIMENT, resolve_precision
 from training.parallel import is_sharded
+from training.records import code_commit
 
 # What a dry run assumes where there is no data yet: ImageNet's training set in the SD-VAE's latents.
 ASSUMED = {"resolution": 256, "num_classes": 1000}

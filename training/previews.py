@@ -12,8 +12,9 @@ from common.errors import UserError, spared_by
 from dataset import LatentData
 from evaluation import evaluate, extract, load_extractor, open_images
 from evaluation.metrics import check_images
-from generate import Settings, generate_images, images_per_block
 from generation.conditions import choose_labels
+from generation.images import generate_images, images_per_block
+from generation.options import Settings
 from generation.pictures import save_grid
 from models import DeepFlow
 from models.autoencoder import check_channels, decode, load_recorded_vae, load_vae

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from common.processes import progress_bar
 from models import checkpoints
-from training import logging, parallel, run_state
+from training import parallel, plots, records, run_state
 from training.build import Models
 from training.guard import LossScale
 from training.optimizer import schedule
@@ -39,7 +39,7 @@ class Recorder:
         plan: Plan,
         work: Work | None,
         models: Models,
-        log: logging.MetricLog,
+        log: records.MetricLog,
         scale: LossScale,
         accelerator: Accelerator,
         previews: Callable[..., dict[str, float]] | None,
@@ -71,11 +71,11 @@ class Recorder:
             loss_scale=self.scale.value(),
         )
         if self.accelerator.is_main_process:
-            entry["memory_gib"] = logging.memory_gib(device)
+            entry["memory_gib"] = records.memory_gib(device)
             if peak := peak_flops(device, options.mixed_precision):
                 flops = 6 * self.work.macs * entry["images_per_second"]
                 entry["mfu"] = flops / (self.accelerator.num_processes * peak)
-            logging.append_metrics(self.plan.run, entry)
+            records.append_metrics(self.plan.run, entry)
             self.bar.set_postfix(loss=f"{entry['loss']:.4f}", images_s=f"{entry['images_per_second']:.1f}")
         self.accelerator.log(entry, step=step)
 
@@ -100,7 +100,7 @@ class Recorder:
         """Samples of the average, and their distance to the reference if there is one."""
         scores = self.previews(next(iter(self.models.emas.values())).model, self.plan.run, step)
         if self.accelerator.is_main_process and scores:
-            logging.append_metrics(self.plan.run, {"step": step, **scores})
+            records.append_metrics(self.plan.run, {"step": step, **scores})
         self.accelerator.log(scores, step=step)
 
     def finish(self, step: int) -> None:
@@ -112,6 +112,6 @@ class Recorder:
             run, metadata = self.plan.run, describe_model(self.options, self.plan.data, step)
             for name, file in run_state.average_files(averaged).items():
                 checkpoints.save(run / file, averaged[name], self.plan.config, {**metadata, "ema": name})
-            curves = logging.plot_losses(run)
+            curves = plots.plot_losses(run)
             where = f"weights {run / checkpoints.EMA_NAME}{f', loss curves {curves}' if curves else ''}"
             print(f"done after {step} steps: {where}")

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.errors import UserError
-from models import checkpoints as model_files
+from models import checkpoints
 
 FOLDER = re.compile(r"step-(\d{7,})")
 # What reading files that are not what they were raises; the readers' own UserError is a ValueError.
@@ -57,7 +57,7 @@ def saved_steps(run: Path) -> list[int]:
 
 def average_files(names: Iterable[str]) -> dict[str, str]:
     """File names of the averages: the first is the one that `generate.py` looks for in a folder."""
-    return {name: f"ema-{name}.safetensors" if i else model_files.EMA_NAME for i, name in enumerate(names)}
+    return {name: f"ema-{name}.safetensors" if i else checkpoints.EMA_NAME for i, name in enumerate(names)}
 
 
 def save(
@@ -80,9 +80,9 @@ def save(
         for left_by_a_crash in final.parent.glob(".partial-*"):
             shutil.rmtree(left_by_a_crash)
         partial.mkdir(parents=True)
-        model_files.save(partial / "model.safetensors", state.model, config, metadata)
+        checkpoints.save(partial / "model.safetensors", state.model, config, metadata)
         for name, file in average_files(state.ema).items():
-            model_files.save(partial / file, state.ema[name], config, {**metadata, "ema": name})
+            checkpoints.save(partial / file, state.ema[name], config, {**metadata, "ema": name})
         torch.save(state.trainer, partial / "trainer.pt")
         summary = {"step": state.step, "averages": list(state.ema), "experiment": state.experiment}
         (partial / "state.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -139,9 +139,9 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
         return TrainingState(
             step=summary["step"],
             experiment=summary["experiment"],
-            model=model_files.read(folder / "model.safetensors").weights,
+            model=checkpoints.read(folder / "model.safetensors").weights,
             ema={
-                name: model_files.read(folder / file).weights
+                name: checkpoints.read(folder / file).weights
                 for name, file in average_files(summary["averages"]).items()
             },
             trainer=torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True),
@@ -179,9 +179,9 @@ def find(run: Path, resume: str, resume_step: int | None) -> Path | None:
         return folder_of(run, resume_step)
     if resume == "none" and steps:
         raise UserError(f"--resume none, but {run} has checkpoints up to step {steps[-1]}: choose another --exp-name")
-    if not steps and (run / model_files.EMA_NAME).exists():
+    if not steps and (run / checkpoints.EMA_NAME).exists():
         raise UserError(
-            f"{run} holds the {model_files.EMA_NAME} of a finished run, and no checkpoint to go on from: choose "
+            f"{run} holds the {checkpoints.EMA_NAME} of a finished run, and no checkpoint to go on from: choose "
             "another --exp-name"
         )
     return folder_of(run, steps[-1]) if steps else None

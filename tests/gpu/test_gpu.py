@@ -16,8 +16,9 @@ from conftest import relative_error
 from safetensors.torch import load_file
 from training_runs import CAN_SHARD, ROOT, SHARDED, assert_same_run, metrics_of
 
-import generate
 import train
+from generation import images
+from generation.options import Settings
 from models import DeepFlow
 from training.ema import EMA
 from training.guard import LossScale
@@ -148,13 +149,13 @@ def as_pixels(latents):
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_images_do_not_depend_on_the_batch_size(monkeypatch, precision):
-    monkeypatch.setitem(generate.BLOCK_TOKENS, "cuda", 32)  # eight images a block
+    monkeypatch.setitem(images.BLOCK_TOKENS, "cuda", 32)  # eight images a block
     model, labels = tiny_network().eval(), np.arange(64) % 3
-    settings = generate.Settings(num_steps=4, cfg_scale=1.5, precision=precision)
+    settings = Settings(num_steps=4, cfg_scale=1.5, precision=precision)
     made = []
     for size in (1, 8, 64):
-        with generate.arithmetic(tf32=True):
-            parts = list(generate.generate_images(model, as_pixels, labels, settings, range(64), size))
+        with images.arithmetic(tf32=True):
+            parts = list(images.generate_images(model, as_pixels, labels, settings, range(64), size))
         made.append(torch.cat([part.images for part in parts]))
     assert made[0].float().std() > 1 and torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
@@ -172,9 +173,9 @@ def test_sampling_does_not_wait_for_the_device(monkeypatch):
         return velocity(*arguments)
 
     monkeypatch.setattr(model, "velocity", watched)
-    settings = generate.Settings(num_steps=12, cfg_scale=1.5, precision="bf16")
+    settings = Settings(num_steps=12, cfg_scale=1.5, precision="bf16")
     try:
-        list(generate.generate_images(model, as_pixels, np.arange(8) % 3, settings, range(8), 8))
+        list(images.generate_images(model, as_pixels, np.arange(8) % 3, settings, range(8), 8))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(calls) == 12

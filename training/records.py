@@ -1,17 +1,12 @@
 """A run's records: resolved options, `metrics.jsonl`, the loss curve."""
 
-import argparse
-import inspect
 import json
-import os
 import platform
 import resource
 import subprocess
 import sys
 import time
-import uuid
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
@@ -20,11 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 
-from common.errors import spared_by
-from common.files import naming, write_text, written_aside
+from common.files import naming, write_text
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
@@ -141,81 +133,7 @@ def memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
 
 
-def make_accelerator(options: argparse.Namespace, run: Path, step: int) -> Accelerator:
-    """Accelerate with the precision and the tracker of the options, which reports the steps after `step`.
-
-    What a tracker keeps on disk goes to `--logging-dir` in the run. Weights & Biases without a login records offline;
-    a resumed run goes on under its old id.
-    """
-    folder = run / options.logging_dir
-    tracker = None if options.report_to == "none" else options.report_to
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        log_with=tracker,
-        project_config=ProjectConfiguration(str(run), logging_dir=str(folder)),
-    )
-    if tracker is None or not accelerator.is_main_process:
-        return accelerator
-    folder.mkdir(parents=True, exist_ok=True)
-    # TensorBoard takes plain values only.
-    settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
-    keywords = {"tensorboard": {"purge_step": step}}
-    if tracker == "wandb":
-        id_file = folder / "wandb-id"
-        if not id_file.exists():
-            write_text(id_file, uuid.uuid4().hex)
-        same = {"id": id_file.read_text(encoding="utf-8"), "resume": "allow"}
-        keywords = {"wandb": {"name": options.exp_name, "dir": str(folder), "mode": wandb_mode(), **same}}
-    accelerator.init_trackers("deepflow", settings, keywords)
-    return accelerator
-
-
-def wandb_mode() -> str:
-    """`WANDB_MODE`, else `online` if Weights & Biases knows a login; it is not asked for one."""
-    import wandb
-
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    if "prompt" in inspect.signature(wandb.login).parameters:
-        return "online" if wandb.login(prompt=False, verify=False) else "offline"
-    return "online" if wandb.api.api_key else "offline"  # of older versions; newer ones are to drop it
-
-
 def append_metrics(run: Path, entry: dict[str, Any]) -> None:
     """Add one entry to `metrics.jsonl`."""
     with naming(run / METRICS), (run / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
-
-
-def plot_losses(run: Path) -> Path | None:
-    """Draw `loss.png`: over the steps the velocity loss of each branch, the acceleration loss and, where tokens are
-    aligned, their cosine; None without any steps, or if it cannot be drawn."""
-    entries = [entry for entry in read_metrics(run) if "loss" in entry]
-    if not entries:
-        return None
-    with spared_by(str(run / "loss.png")):
-        draw_losses(entries, run.name, run / "loss.png")
-        return run / "loss.png"
-    return None
-
-
-def draw_losses(entries: Sequence[dict[str, Any]], title: str, png: Path) -> None:
-    """Draw the curves of `plot_losses`."""
-    from matplotlib.figure import Figure  # a second of import time that only the end of a run needs to spend
-
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    for name in (key for key in entries[0] if key.startswith("velocity") or key == "acceleration"):
-        axes.plot([e["step"] for e in entries], [e[name] for e in entries], label=name.replace("_", " "), lw=1)
-    axes.set(xlabel="optimizer step", ylabel="mean squared error", yscale="log")
-    # The run's name is no formula, and may have letters that the font lacks.
-    axes.set_title(" ".join(title.split()), parse_math=False)
-    axes.grid(alpha=0.3)
-    if "alignment" in entries[0]:
-        cosine = axes.twinx()
-        cosine.plot([e["step"] for e in entries], [-e["alignment"] for e in entries], "k:", lw=1)
-        cosine.set(ylabel="cosine with the encoder (dotted)", ylim=(min(0, cosine.get_ylim()[0]), 1))
-    axes.legend()
-    with written_aside(png) as aside, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")
-        figure.savefig(aside, format="png", dpi=130, bbox_inches="tight")
