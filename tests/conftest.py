@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 
 def asks_for_gpu(arguments):
@@ -21,13 +20,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ and not asks_for_gpu(sys.argv):
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers.golden import GOLDEN  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from models import DeepFlow  # noqa: E402
 
-pytest_plugins = ["training_runs"]  # the fixtures of tests that train
-
-GOLDEN = Path(__file__).parent / "golden"
+pytest_plugins = ["helpers.training_runs", "helpers.sampling_runs"]  # the fixtures of tests that train and sample
 
 torch.set_num_threads(1)
 
@@ -53,8 +51,3 @@ def golden_model(golden_config, golden_weights):
 def golden_io():
     with np.load(GOLDEN / "deepflow_tiny_2T_io.npz", allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-def relative_error(actual, expected):
-    """Norm of the difference over the norm of what was expected."""
-    return ((actual.detach() - expected).norm() / expected.norm()).item()

@@ -6,7 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from sample_data import contents
+from helpers.sample_data import contents
 
 from benchmarks import data_loading, evaluation, sample_file, ssl_alignment
 from storage.packed import PackedLatents

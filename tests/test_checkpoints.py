@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import GOLDEN
+from helpers.golden import GOLDEN
 
 from common.errors import UserError
 from models import DeepFlow, checkpoints, imports

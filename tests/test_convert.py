@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.sample_data import contents, kill_ten_times, run_main
 from PIL import Image
-from sample_data import contents, kill_ten_times, run_main
 
 from common.errors import UserError
 from common.files import only_writer

@@ -11,9 +11,9 @@ import threading
 import numpy as np
 import pytest
 import torch
+from helpers.sample_data import COUNT, SHAPE, write_dataset, write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_data import COUNT, SHAPE, write_dataset, write_files
 
 import dataset
 from common.errors import UserError

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from sample_data import contents, make_images, make_vae, run_main, write_files
+from helpers.sample_data import contents, make_images, make_vae, run_main, write_files
 
 
 @pytest.fixture(scope="module")

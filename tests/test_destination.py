@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_data import contents, make_images, make_vae, ordinary_user, start, with_mount, write_files
+from helpers.sample_data import contents, make_images, make_vae, ordinary_user, start, with_mount, write_files
 
 from common import files
 from common.errors import UserError

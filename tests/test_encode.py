@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sample_data import (
+from helpers.sample_data import (
     CLASSES,
     contents,
     in_process,
@@ -25,6 +24,7 @@ from sample_data import (
     start,
     with_mount,
 )
+from PIL import Image
 
 from common.errors import UserError
 from common.files import only_writer

@@ -8,9 +8,17 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
+from helpers.sample_data import (
+    contents,
+    flip_bit,
+    kill_ten_times,
+    make_images,
+    make_vae,
+    run_main,
+    start,
+    write_dataset,
+)
 from PIL import Image
-from sample_data import contents, kill_ten_times, make_images, make_vae, run_main, start, write_dataset
-from test_verify import flip_bit
 
 from common.errors import UserError
 from models import ssl_encoders

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from helpers.launching import launch
 from PIL import Image
 from safetensors.torch import load_file
-from test_processes import launch
 
 import evaluate as command
 from common.errors import UserError

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from sample_data import COUNT, start, write_files
+from helpers.sample_data import COUNT, start, write_files
 
 from common.errors import UserError
 from dataset import open_latents

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import relative_error
+from helpers.golden import relative_error
 from torch.nn.functional import cosine_similarity
 
 from common.errors import UserError

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_generate import command as generate_command
-from test_generate import run  # noqa: F401 - a fixture
-from training_runs import ROOT, metrics_of, tiny_command
+from helpers.sampling_runs import command as generate_command
+from helpers.training_runs import ROOT, metrics_of, tiny_command
 
 import train
 from common import processes
@@ -150,7 +149,7 @@ def test_compiling_without_a_compiler_is_one_line_before_training(monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sampling_compiled_without_a_compiler_is_one_line(monkeypatch, capsys, run, tmp_path):  # noqa: F811
+def test_sampling_compiled_without_a_compiler_is_one_line(monkeypatch, capsys, run, tmp_path):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     with pytest.raises(SystemExit, match="2"):
         generate_command(monkeypatch, run, tmp_path / "out", "--compile")
@@ -232,7 +231,7 @@ def test_a_checkpoint_that_memory_does_not_hold_is_not_called_damaged(monkeypatc
     assert code == 2 and "out of memory" in error[-1] and "damaged" not in error[-1]
 
 
-def test_sampling_that_needs_too_much_memory_is_one_line(monkeypatch, capsys, run, tmp_path):  # noqa: F811
+def test_sampling_that_needs_too_much_memory_is_one_line(monkeypatch, capsys, run, tmp_path):
     monkeypatch.setattr(images, "make_block", too_much)
     with pytest.raises(SystemExit, match="2"):
         generate_command(monkeypatch, run, tmp_path)
@@ -305,7 +304,7 @@ def test_accelerate_launch_is_heard(command):
     assert "8 = 1 processes x 4 accumulated x 2, precision bf16 on cpu" in done.stdout, done.stderr
 
 
-def test_a_launchers_precision_changes_no_images_unasked(monkeypatch, capsys, run, tmp_path):  # noqa: F811
+def test_a_launchers_precision_changes_no_images_unasked(monkeypatch, capsys, run, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     generate_command(monkeypatch, run, tmp_path)
     assert json.loads((tmp_path / "x.json").read_text())["settings"]["precision"] == "no"
@@ -348,7 +347,7 @@ def test_a_bar_is_silent_where_it_is_not_to_be_shown(capsys):
 
 
 def test_a_checkpoint_names_no_place_on_the_machine(start, tmp_path):
-    from training_runs import write_dataset
+    from helpers.training_runs import write_dataset
 
     from models import checkpoints
 

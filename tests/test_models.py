@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDEN, relative_error
+from helpers.golden import GOLDEN, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError

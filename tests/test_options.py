@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.fsdp
 from accelerate.state import AcceleratorState
-from training_runs import ROOT, metrics_of, tiny_command
+from helpers.training_runs import ROOT, metrics_of, tiny_command
 
 import train
 from common.errors import UserError

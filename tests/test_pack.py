@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers.sample_data import COUNT, contents, kill_ten_times, write_files
 from PIL import Image
-from sample_data import COUNT, contents, kill_ten_times, write_files
 
 from common.errors import UserError
 from dataset import DataOrder, latent_batches, open_latents

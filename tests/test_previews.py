@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.sample_data import make_vae
+from helpers.training_runs import CAN_SHARD, SHARDED, metrics_of, write_dataset
 from PIL import Image
 from safetensors.torch import save_file
-from sample_data import make_vae
-from training_runs import CAN_SHARD, SHARDED, metrics_of, write_dataset
 
 from common.errors import UserError
 from evaluation.features import DemoFeatures

@@ -7,28 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_generate import run  # noqa: F401 - a fixture
+from helpers.launching import launch
 
 from common.errors import UserError
 from common.processes import reported_by_any_process
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def launch(processes, *command, **environment):
-    """Run a program of the repository under torchrun, without a GPU; return its stdout."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    done = subprocess.run(
-        [*torchrun, *map(str, command)],
-        cwd=ROOT,
-        env={**clean, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_processes_on_cpus_find_each_other(tmp_path):
@@ -64,7 +48,7 @@ def test_an_interrupt_is_one_line_and_stays_an_interrupt(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "interrupted\n")
 
 
-def test_two_processes_make_the_bytes_of_one(run, tmp_path):  # noqa: F811
+def test_two_processes_make_the_bytes_of_one(run, tmp_path):
     for count in (1, 2):
         flags = ["--num-fid-samples", 150, "--num-steps", 3, "--per-proc-batch-size", 2, "--cfg-scale", 2]
         flags += ["--name", count, "--sample-dir", tmp_path]  # three blocks of 64

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from helpers.golden import relative_error
 
 import samplers
 from common.errors import UserError

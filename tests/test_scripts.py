@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from test_generate import run  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("script/**/*.sh"))
@@ -57,7 +56,7 @@ def test_train_says_in_one_line_what_is_missing(tmp_path):
     assert len(done.stderr.splitlines()) == 1 and f"no dataset folder {tmp_path / 'none'}" in done.stderr
 
 
-def test_eval_samples_and_says_that_there_is_no_reference(run, tmp_path):  # noqa: F811
+def test_eval_samples_and_says_that_there_is_no_reference(run, tmp_path):
     flags = ["--num-fid-samples", 2, "--num-steps", 2, "--sample-dir", tmp_path]
     done = bash("script/xlarge/eval.sh", *flags, CKPT=str(run / "ema.safetensors"), REF=str(tmp_path / "none.npz"))
     assert done.returncode == 0, done.stderr
@@ -74,7 +73,7 @@ def test_eval_says_in_one_line_that_there_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["small", "xlarge"])
-def test_eval_fails_when_sampling_fails(run, tmp_path, size):  # noqa: F811
+def test_eval_fails_when_sampling_fails(run, tmp_path, size):
     environment = dict(CKPT=str(run / "ema.safetensors"), REF=str(run / "ema.safetensors"))
     done = bash(f"script/{size}/eval.sh", "--num-classes", 7, "--sample-dir", tmp_path / "none", **environment)
     assert done.returncode == 2 and "--num-classes 7, but" in done.stderr and "evaluate" not in done.stderr

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from sample_data import make_images
+from helpers.sample_data import make_images
 
 from preprocessing.source_identity import source_sha256
 from storage.file_store import FileStore

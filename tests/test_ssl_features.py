@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.sample_data import COUNT, make_images, make_vae, write_dataset, write_files
 from PIL import Image
-from sample_data import COUNT, make_images, make_vae, write_dataset, write_files
 
 from common.errors import UserError
 from dataset import DataOrder, DeviceLatents, latent_batches, open_latents

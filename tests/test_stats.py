@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from helpers.sample_data import run_main
 from PIL import Image
-from sample_data import run_main
 
 from common.errors import UserError
 from evaluation import ImageArchive, frechet_distance

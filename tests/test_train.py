@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers.sample_data import start as start_process
+from helpers.training_runs import COUNT, assert_same_run, metrics_of, spoil, write_dataset
 from safetensors.torch import load_file
-from sample_data import start as start_process
-from training_runs import COUNT, assert_same_run, metrics_of, spoil, write_dataset
 
 import train
 from common import files

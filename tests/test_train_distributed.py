@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.training_runs import CAN_SHARD, COUNT, ROOT, SHARDED, assert_same_run, metrics_of, spoil, write_dataset
 from safetensors.torch import load_file
-from training_runs import CAN_SHARD, COUNT, ROOT, SHARDED, assert_same_run, metrics_of, spoil, write_dataset
 
 from dataset import DataOrder
 from training.run_state import saved_steps

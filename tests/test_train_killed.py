@@ -11,8 +11,8 @@ import shutil
 import signal
 
 import pytest
-from sample_data import dying_at
-from training_runs import assert_same_run
+from helpers.sample_data import dying_at
+from helpers.training_runs import assert_same_run
 
 import train
 from training.ema import EMA

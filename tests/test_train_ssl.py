@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from sample_data import make_images, make_vae, write_files
-from training_runs import assert_same_run, metrics_of
+from helpers.sample_data import make_images, make_vae, write_files
+from helpers.training_runs import assert_same_run, metrics_of
 
 from common.errors import UserError
 from models import checkpoints

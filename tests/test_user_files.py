@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.sample_data import make_images, make_vae, ordinary_user, run_main, write_files
 from PIL import Image
-from sample_data import make_images, make_vae, ordinary_user, run_main, write_files
 
 from common.errors import UserError
 from dataset import open_latents

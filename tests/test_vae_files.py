@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 import torch
+from helpers.sample_data import make_images, make_vae, run_main
+from helpers.sampling_runs import command as generate_command
+from helpers.training_runs import write_dataset
 from safetensors.torch import load_file, save_file
-from sample_data import make_images, make_vae, run_main
-from test_generate import command as generate_command
-from test_generate import run  # noqa: F401 - a fixture
-from training_runs import write_dataset
 
 from common import files
 from common.errors import UserError
@@ -74,7 +73,7 @@ def test_a_shift_of_nothing_is_none(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing", "shifted"])
-def test_it_is_one_line_in_every_command(whole, tmp_path, monkeypatch, capsys, start, run, name):  # noqa: F811
+def test_it_is_one_line_in_every_command(whole, tmp_path, monkeypatch, capsys, start, run, name):
     change, config, message = BAD[name]
     folder = spoilt(whole, tmp_path / "bad", change, **config)
     source = make_images(tmp_path / "images")
@@ -95,7 +94,7 @@ def test_it_is_one_line_in_every_command(whole, tmp_path, monkeypatch, capsys, s
 # ---- latents of another number of channels
 
 
-def test_channels_are_compared_before_any_work(monkeypatch, capsys, run, tmp_path, start, whole):  # noqa: F811
+def test_channels_are_compared_before_any_work(monkeypatch, capsys, run, tmp_path, start, whole):
     from models import DeepFlow
 
     config = checkpoints.read(run).config | {"in_channels": 2}
@@ -145,7 +144,7 @@ def checkpoint_of(vae, path, name, **metadata):
     return ours, {**ours.metadata, "vae": name, "vae_sha256": sha256, "scaling_factor": 0.5, **metadata}
 
 
-def test_a_vae_is_found_by_its_checksum(monkeypatch, capsys, run, whole, tmp_path):  # noqa: F811
+def test_a_vae_is_found_by_its_checksum(monkeypatch, capsys, run, whole, tmp_path):
     """Under another name, in the assets or the hub's cache; and where it is nowhere, the flag is named."""
     import huggingface_hub.constants
 
@@ -171,7 +170,7 @@ def test_a_vae_is_found_by_its_checksum(monkeypatch, capsys, run, whole, tmp_pat
     assert "made already" in capsys.readouterr().out
 
 
-def test_samples_of_older_records_are_still_known(monkeypatch, capsys, run, tmp_path):  # noqa: F811
+def test_samples_of_older_records_are_still_known(monkeypatch, capsys, run, tmp_path):
     generate_command(monkeypatch, run, tmp_path)
     record = json.loads((tmp_path / "x.json").read_text())
     record |= {"checkpoint": str(run), "vae": str(run / "vae"), "checkpoint_metadata": {"vae": str(run / "vae")}}
@@ -181,7 +180,7 @@ def test_samples_of_older_records_are_still_known(monkeypatch, capsys, run, tmp_
     assert "made already" in capsys.readouterr().out
 
 
-def test_a_card_names_no_place_and_says_float32(run, whole, tmp_path):  # noqa: F811
+def test_a_card_names_no_place_and_says_float32(run, whole, tmp_path):
     ours, metadata = checkpoint_of(whole, run, "/home/me/vae", training={"mixed_precision": "no"})
     checkpoints.save(tmp_path / "ema.safetensors", ours.weights, ours.config, metadata)
     card = export.export(tmp_path, tmp_path / "shared.safetensors").read_text()
@@ -193,7 +192,7 @@ def test_a_card_names_no_place_and_says_float32(run, whole, tmp_path):  # noqa: 
 # ---- classes without images
 
 
-def test_only_classes_with_images_are_drawn(monkeypatch, capsys, run, tmp_path):  # noqa: F811
+def test_only_classes_with_images_are_drawn(monkeypatch, capsys, run, tmp_path):
     import numpy as np
 
     ours = checkpoints.read(run)
@@ -247,7 +246,7 @@ def test_any_name_of_a_class_is_drawn(tmp_path, name):
     assert Image.open(tmp_path / "grid.png").size == (150 + 2 * 16, 16)
 
 
-def test_samples_do_not_fail_by_their_grid(monkeypatch, capsys, run, tmp_path):  # noqa: F811
+def test_samples_do_not_fail_by_their_grid(monkeypatch, capsys, run, tmp_path):
     from PIL import ImageDraw
 
     def fail(*_, **__):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from sample_data import make_images, make_vae, write_dataset, write_files
+from helpers.sample_data import flip_bit, make_images, make_vae, write_dataset, write_files
 
 from common.errors import UserError
 from preprocessing.encode import encode
@@ -20,12 +20,6 @@ def packed(tmp_path):
     images = make_images(tmp_path / "images")
     encode(images, tmp_path / "packed", vae, num_workers=0, flip=True, with_images=True, shard_rows=5)
     return tmp_path / "packed"
-
-
-def flip_bit(file, position):
-    content = bytearray(file.read_bytes())
-    content[position] ^= 1
-    file.write_bytes(content)
 
 
 def test_what_is_as_written_passes(packed, capsys):

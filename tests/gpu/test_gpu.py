@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from helpers.golden import relative_error
+from helpers.training_runs import CAN_SHARD, ROOT, SHARDED, assert_same_run, metrics_of
 from safetensors.torch import load_file
-from training_runs import CAN_SHARD, ROOT, SHARDED, assert_same_run, metrics_of
 
 import train
 from generation import images

@@ -236,3 +236,9 @@ def kill_ten_times(command, dest, whole):
             kills += 1
     command()
     assert contents(dest) == whole
+
+
+def flip_bit(file, position):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
