@@ -28,18 +28,8 @@ from evaluation import compare, extract, load_extractor, open_images
 from evaluation.archives import ImageSource
 from evaluation.extraction import check_count, check_images, check_reference, check_size
 from evaluation.features import INCEPTION_SHA256
+from evaluation.metrics import METRICS
 
-TITLES = {
-    "fid": "FID",
-    "frechet_distance": "demo Frechet distance",
-    "sfid": "sFID",
-    "inception_score": "Inception score",
-    "precision": "precision",
-    "recall": "recall",
-    "kid": "KID",
-    "fd_dinov2": "FD-DINOv2",
-    "kd_dinov2": "KD-DINOv2",
-}
 PACKAGES = ("accelerate", "numpy", "pillow", "scipy", "timm", "torch", "torch-fidelity")
 DINOV2_REFERENCE = 50_000  # training images in the reference of published values
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt")
@@ -222,7 +212,7 @@ def main() -> None:
         print(f"note: {note}")
     print(f"{len(samples)} samples against {args.reference} ({extractor.name} features)")
     for name, value in metrics.items():
-        print(f"  {TITLES[name]:<24}{value:.4f}")
+        print(f"  {METRICS[name].title:<24}{value:.4f}")
     if args.json:
         archives = {"reference": reference, "samples": samples}
         write_text(args.json, json.dumps(report(metrics, archives, extractor, args), indent=2) + "\n")

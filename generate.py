@@ -20,7 +20,7 @@ from common.files import only_writer, write_text
 from common.processes import join_processes, progress_bar, reported_by_any_process, require_compiler
 from generation.checkpoint import default_name, load_matching_vae, read_checkpoint, read_guide
 from generation.conditions import choose_labels, empty_classes
-from generation.images import LabeledImages, arithmetic, generate_images, images_per_block, prepare_network
+from generation.images import GeneratedImages, arithmetic, generate_images, images_per_block, prepare_network
 from generation.options import parse_options, settings_of, tell_of_launcher
 from generation.pictures import save_grid, save_pngs
 from generation.record import describe_machine, describe_sources, read_record, require_same
@@ -139,7 +139,7 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
     return npz
 
 
-def write_batches(samples: SampleFile, batches: Iterator[LabeledImages], total: int, shows_progress: bool) -> None:
+def write_batches(samples: SampleFile, batches: Iterator[GeneratedImages], total: int, shows_progress: bool) -> None:
     """Write batches into the file of samples, each while the next is being made."""
     with ThreadPoolExecutor(1) as writer, progress_bar(shows_progress, total=total, unit="image") as bar:
         writing = None

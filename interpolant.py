@@ -43,8 +43,33 @@ def cosine(t: Tensor) -> Coefficients:
     return Coefficients(cos, sin, -0.5 * math.pi * sin, 0.5 * math.pi * cos)
 
 
-PATHS: dict[str, Callable[[Tensor], Coefficients]] = {"linear": linear, "cosine": cosine}
+class Path(NamedTuple):
+    """A path from data to noise; called, it gives its coefficients."""
+
+    coefficients: Callable[[Tensor], Coefficients]
+    lognormal_time: Callable[[Tensor], Tensor]  # n -> the t in (0, 1) with sigma / alpha = exp(n)
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        """The coefficients at `t`, of any shape."""
+        return self.coefficients(t)
+
+
+PATHS = {
+    "linear": Path(linear, torch.sigmoid),
+    "cosine": Path(cosine, lambda n: (2 / math.pi) * torch.atan(torch.exp(n))),
+}
 WEIGHTINGS = ("lognormal", "uniform")
+
+
+def path_named(path_type: str) -> Path:
+    """One of `PATHS`.
+
+    Raises:
+        UserError: for another name.
+    """
+    if path_type not in PATHS:
+        raise UserError(f"unknown path type {path_type!r}: choose one of {', '.join(PATHS)} (--path-type)")
+    return PATHS[path_type]
 
 
 def coefficients(path_type: str, t: Tensor, like: Tensor) -> Coefficients:
@@ -53,10 +78,7 @@ def coefficients(path_type: str, t: Tensor, like: Tensor) -> Coefficients:
     Raises:
         UserError: if `path_type` names no path.
     """
-    if path_type not in PATHS:
-        raise UserError(f"unknown path type {path_type!r}: choose one of {', '.join(PATHS)} (--path-type)")
-    t = t.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
-    return PATHS[path_type](t)
+    return path_named(path_type)(t.to(like.device).reshape(-1, *[1] * (like.ndim - 1)))
 
 
 def interpolate(path_type: str, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -90,17 +112,14 @@ def score_from_velocity(path_type: str, x: Tensor, velocity: Tensor, t: Tensor) 
 def draw_times(weighting: str, path_type: str, count: int, generator: torch.Generator) -> Tensor:
     """`count` training times in [0, 1], float32, on the generator's device.
 
-    `uniform` is U(0, 1). `lognormal` is the time at which log(sigma / alpha) ~ N(0, 1): sigmoid(n) on the linear path,
-    (2 / pi) atan(exp(n)) on the cosine path.
+    `uniform` is U(0, 1). `lognormal` is the time at which log(sigma / alpha) ~ N(0, 1).
 
     Raises:
         UserError: if `weighting` or `path_type` is unknown.
     """
     if weighting not in WEIGHTINGS:
         raise UserError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)} (--weighting)")
-    if path_type not in PATHS:
-        raise UserError(f"unknown path type {path_type!r}: choose one of {', '.join(PATHS)} (--path-type)")
+    path = path_named(path_type)
     if weighting == "uniform":
         return torch.rand(count, generator=generator, device=generator.device)
-    n = torch.randn(count, generator=generator, device=generator.device)
-    return torch.sigmoid(n) if path_type == "linear" else (2 / math.pi) * torch.atan(torch.exp(n))
+    return path.lognormal_time(torch.randn(count, generator=generator, device=generator.device))

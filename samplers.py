@@ -2,23 +2,23 @@
 
 A velocity function is any `velocity(x, t)` with x (N, ...) and t (N,) in [0, 1], returning a velocity of x's shape.
 `t` is handed over in float64 on the CPU, so that guidance can look at it without waiting for the device. Samplers know
-no labels and no networks. The state is kept in float64; the velocity sees it in the dtype of the initial noise.
+no conditions and no networks. The state is kept in float64; the velocity sees it in the dtype of the initial noise.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from interpolant import PATHS, score_from_velocity
+from interpolant import path_named, score_from_velocity
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
-METHODS = ("sde", "sde-heun", "euler", "heun", "dopri5")
 SDE_LAST_TIME = 0.04  # where the SDE's noise ends; one deterministic step covers the rest
 
 # w(t) = 2 norm form(t) by (t, sigma). SiT's names, in our time; its SBDM is left out: infinite at t = 1 on either path.
@@ -66,21 +66,19 @@ def sample(
         UserError: for an unknown method, fewer than 1 step (2 for the SDE), what `sde_schedule` refuses, or velocities
             that `dopri5` cannot follow.
     """
-    least = 2 if method in ("sde", "sde-heun") else 1
-    if method not in METHODS:
-        raise UserError(f"unknown sampler {method!r}: choose one of {', '.join(METHODS)}")
-    if num_steps < least:
-        raise UserError(f"num_steps is {num_steps}: {method} needs at least {least}")
+    if method not in SAMPLERS:
+        raise UserError(f"unknown sampler {method!r}: choose one of {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS[method]
+    if num_steps < sampler.least_steps:
+        raise UserError(f"num_steps is {num_steps}: {method} needs at least {sampler.least_steps}")
 
     def evaluate(x: Tensor, t: float) -> Tensor:
         times = torch.full((len(x),), t, dtype=torch.float64)
         return velocity(x.to(noise.dtype), times).to(torch.float64)
 
     x = noise.to(torch.float64)
-    if method == "dopri5":
-        return dopri5(evaluate, x, rtol, atol)
-    if least == 1:
-        return {"euler": euler, "heun": heun}[method](evaluate, x, time_grid(num_steps, time_shift))
+    if not sampler.stochastic:
+        return sampler.integrate(evaluate, x, time_grid(num_steps, time_shift), rtol=rtol, atol=atol)
     times, diffusions = sde_schedule(num_steps, path_type, diffusion_form, diffusion_norm, time_shift)
 
     def drift(x: Tensor, step: int) -> Tensor:
@@ -91,7 +89,7 @@ def sample(
         return v - 0.5 * diffusions[step] * score
 
     draw = step_noise or (lambda step: torch.randn_like(noise))
-    return {"sde": euler_maruyama, "sde-heun": stochastic_heun}[method](drift, x, times, diffusions, draw)
+    return sampler.integrate(drift, x, times, diffusions, draw)
 
 
 def time_grid(num_steps: int, shift: float, last: float | None = None) -> list[float]:
@@ -126,8 +124,7 @@ def sde_schedule(
     Raises:
         UserError: for an unknown path or form, a norm or shift out of range, or a step with c > 2.
     """
-    if path_type not in PATHS:
-        raise UserError(f"unknown path type {path_type!r}: choose one of {', '.join(PATHS)} (--path-type)")
+    path = path_named(path_type)
     if form not in DIFFUSION_FORMS:
         known = ", ".join(DIFFUSION_FORMS)
         raise UserError(f"unknown diffusion form {form!r}: choose one of {known} (--diffusion-form)")
@@ -135,8 +132,8 @@ def sde_schedule(
         raise UserError(f"diffusion norm is {norm}: give a number of 0 or more (--diffusion-norm)")
     times, diffusions = time_grid(num_steps, shift, SDE_LAST_TIME), []
     for t, t_next in pairwise(times):
-        path = PATHS[path_type](torch.tensor(t, dtype=torch.float64))
-        sigma, growth = path.sigma.item(), (path.d_sigma / path.sigma).item()
+        c = path(torch.tensor(t, dtype=torch.float64))
+        sigma, growth = c.sigma.item(), (c.d_sigma / c.sigma).item()
         w = 2 * norm * DIFFUSION_FORMS[form](t, sigma)
         if (t - t_next) * (growth + 0.5 * w / sigma**2) > 2 + 1e-9:
             largest = norm * (2 / (t - t_next) - growth) * 2 * sigma**2 / w
@@ -191,14 +188,14 @@ def stochastic_heun(
     raise AssertionError("times hold at least one step")
 
 
-def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float]) -> Tensor:
+def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float], **_: float) -> Tensor:
     """First-order steps of dx = v dt: one velocity call a step."""
     for t, t_next in pairwise(times):
         x = x + velocity(x, t) * (t_next - t)
     return x
 
 
-def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float]) -> Tensor:
+def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float], **_: float) -> Tensor:
     """Second-order (trapezoidal) steps of dx = v dt: 2 num_steps - 1 velocity calls.
 
     The last step is an Euler step, so that the network is never asked at t = 0, where training seldom goes. The order
@@ -212,49 +209,68 @@ def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence
     return x
 
 
-def dopri5(velocity: Callable[[Tensor, float], Tensor], x: Tensor, rtol: float, atol: float) -> Tensor:
-    """Adaptive fifth-order Runge-Kutta from t = 1 to 0 (torchdiffeq).
+def dopri5(
+    velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float], rtol: float, atol: float
+) -> Tensor:
+    """Adaptive fifth-order Runge-Kutta from the first time to the last, by steps of its own (torchdiffeq).
 
     Raises:
         UserError: if no step is small enough for the tolerance.
     """
     from torchdiffeq import odeint
 
-    times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
+    ends = torch.tensor([times[0], times[-1]], dtype=torch.float64, device=x.device)
     try:
-        return odeint(lambda t, state: velocity(state, float(t)), x, times, rtol=rtol, atol=atol, method="dopri5")[-1]
+        return odeint(lambda t, state: velocity(state, float(t)), x, ends, rtol=rtol, atol=atol, method="dopri5")[-1]
     except AssertionError as error:  # no step is small enough, as with values that are not finite
         raise UserError(
             f"dopri5 cannot go on ({error}): the velocities are not finite or jump; has the checkpoint's run diverged?"
         ) from error
 
 
+class Sampler(NamedTuple):
+    """How to get from noise to data."""
+
+    integrate: Callable[..., Tensor]  # SDE: (drift, x, times, diffusions, step_noise); ODE: (velocity, x, times)
+    stochastic: bool  # an SDE: its noise ends at SDE_LAST_TIME
+    least_steps: int = 1
+    adaptive: bool = False  # chooses its own steps
+
+
+SAMPLERS = {
+    "sde": Sampler(euler_maruyama, stochastic=True, least_steps=2),
+    "sde-heun": Sampler(stochastic_heun, stochastic=True, least_steps=2),
+    "euler": Sampler(euler, stochastic=False),
+    "heun": Sampler(heun, stochastic=False),
+    "dopri5": Sampler(dopri5, stochastic=False, adaptive=True),
+}
+
+
 def classifier_free_guidance(
     model_velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
-    y: Tensor,
-    null_label: int,
+    condition: Tensor,
+    null: Tensor,
     scale: float,
     low: float = 0.0,
     high: float = 1.0,
 ) -> Velocity:
     """The velocity function v_null + scale (v_cond - v_null), on all channels, while low <= t <= high.
 
-    Outside the interval, and at scale 1, it is v_cond. Costs two network rows an image inside, one outside.
+    Outside the interval, and at scale 1, it is v_cond. Costs two network rows per image inside, one outside.
 
     Args:
-        model_velocity: `model_velocity(x, t, y)`, the network.
-        y: class ids of the batch, (N,).
-        null_label: the id of the null class, `num_classes`.
+        model_velocity: `model_velocity(x, t, condition)`, the network.
+        condition: of each image of the batch, (N, ...): class ids, for example.
+        null: the null condition of each, (N, ...); `model.null_condition(N)`.
         scale: guidance scale; 1 is no guidance.
         low: lowest guided time, in [0, 1].
         high: highest guided time, in [0, 1].
     """
-    null = torch.full_like(y, null_label)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         if scale == 1 or not low <= float(t[0]) <= high:
-            return model_velocity(x, t, y)
-        both = model_velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+            return model_velocity(x, t, condition)
+        both = model_velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null]))
         conditional, unconditional = at_least_float32(both).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
@@ -269,23 +285,23 @@ def at_least_float32(v: Tensor) -> Tensor:
 def autoguidance(
     model_velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
     guide_velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
-    y: Tensor,
+    condition: Tensor,
     scale: float,
     low: float = 0.0,
     high: float = 1.0,
 ) -> Velocity:
     """The velocity function v_guide + scale (v - v_guide) while low <= t <= high (Karras et al. 2024, Eq. 2).
 
-    Both networks get the label: a weaker version of the same model takes the place of the null class, and the two
-    kinds of guidance do not combine. Outside the interval, and at scale 1, it is v. Costs one row an image of the
+    Both networks get the condition: a weaker version of the same model takes the place of the null class, and the two
+    kinds of guidance do not combine. Outside the interval, and at scale 1, it is v. Costs one row per image of the
     network, and inside the interval one of the guide.
     """
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        v = model_velocity(x, t, y)
+        v = model_velocity(x, t, condition)
         if scale == 1 or not low <= float(t[0]) <= high:
             return v
-        weak = at_least_float32(guide_velocity(x, t, y))
+        weak = at_least_float32(guide_velocity(x, t, condition))
         return weak + scale * (at_least_float32(v) - weak)
 
     return velocity

@@ -1,6 +1,8 @@
 """From features to metrics: FID, sFID, Inception score, precision and recall, KID as ADM defines them; FD-DINOv2."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,21 +57,63 @@ def compare(
     are wide enough to hold even noise, so that precision would mislead. DINOv2 gives the two distances of Stein et al.
     (2023); their precision and recall are of 10,000 images drawn at random, and would not be those of all.
     """
-    distance = frechet_distance(*reference.gaussian, *samples.gaussian)
-    if extractor_name == "demo":
-        return {"frechet_distance": distance}
-    if extractor_name == "dinov2":
-        return {"fd_dinov2": distance, "kd_dinov2": kernel_distance(reference.pool, samples.pool)}
-    metrics = {"fid": distance}
-    if reference.spatial_gaussian and samples.spatial_gaussian:
-        metrics["sfid"] = frechet_distance(*reference.spatial_gaussian, *samples.spatial_gaussian)
-    if samples.logits is not None:
-        metrics["inception_score"] = inception_score(samples.logits)
-    if reference.pool is not None:
-        pools = reference.pool, samples.pool
-        metrics["precision"], metrics["recall"] = precision_recall(*pools, device=device, progress=progress)
-        metrics["kid"] = kernel_distance(*pools)
-    return metrics
+    comparison = Comparison(reference, samples, device, progress)
+    wanted = {name: metric for name, metric in METRICS.items() if metric.features == extractor_name}
+    values = {name: metric.value(comparison) for name, metric in wanted.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+class Comparison:
+    """A reference and samples, by their features; what several metrics need is computed once."""
+
+    def __init__(self, reference: FeatureSet, samples: FeatureSet, device: str | torch.device, progress: bool) -> None:
+        self.reference, self.samples, self.device, self.progress = reference, samples, device, progress
+
+    def frechet_distance(self) -> float:
+        """Of the pooled features."""
+        return frechet_distance(*self.reference.gaussian, *self.samples.gaussian)
+
+    def spatial_frechet_distance(self) -> float | None:
+        """Of the spatial features, where both have them."""
+        both = self.reference.spatial_gaussian, self.samples.spatial_gaussian
+        return frechet_distance(*both[0], *both[1]) if all(both) else None
+
+    def inception_score(self) -> float | None:
+        """Of the samples, where their logits are known."""
+        return None if self.samples.logits is None else inception_score(self.samples.logits)
+
+    def kernel_distance(self) -> float | None:
+        """Where the features of the reference's images are known."""
+        return None if self.reference.pool is None else kernel_distance(self.reference.pool, self.samples.pool)
+
+    @cached_property
+    def coverage(self) -> tuple[float | None, float | None]:
+        """Precision and recall, where the features of the reference's images are known."""
+        if self.reference.pool is None:
+            return None, None
+        return precision_recall(self.reference.pool, self.samples.pool, device=self.device, progress=self.progress)
+
+
+class Metric(NamedTuple):
+    """A number that scores samples."""
+
+    title: str  # for people
+    features: str  # the extractor that it belongs to
+    value: Callable[[Comparison], float | None]  # None where the features do not allow it
+    is_distance: bool = False  # the Frechet distance of its features: cheap, and what previews are scored by
+
+
+METRICS = {
+    "fid": Metric("FID", "inception", Comparison.frechet_distance, is_distance=True),
+    "frechet_distance": Metric("demo Frechet distance", "demo", Comparison.frechet_distance, is_distance=True),
+    "sfid": Metric("sFID", "inception", Comparison.spatial_frechet_distance),
+    "inception_score": Metric("Inception score", "inception", Comparison.inception_score),
+    "precision": Metric("precision", "inception", lambda c: c.coverage[0]),
+    "recall": Metric("recall", "inception", lambda c: c.coverage[1]),
+    "kid": Metric("KID", "inception", Comparison.kernel_distance),
+    "fd_dinov2": Metric("FD-DINOv2", "dinov2", Comparison.frechet_distance, is_distance=True),
+    "kd_dinov2": Metric("KD-DINOv2", "dinov2", Comparison.kernel_distance),
+}
 
 
 def inception_score(logits: np.ndarray, split_size: int = 5000) -> float:

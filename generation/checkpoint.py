@@ -18,6 +18,7 @@ from models.autoencoder import (
     weights_sha256,
 )
 from models.presets import NAME, model_config
+from samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -125,7 +126,7 @@ def read_checkpoint(options: argparse.Namespace) -> checkpoints.Checkpoint:
 
 def default_name(options: argparse.Namespace, settings: Settings, metadata: dict[str, Any]) -> str:
     """A file name that holds all that changes the result: two runs, or two settings, have two names."""
-    steps = "" if settings.method == "dopri5" else f"{settings.num_steps}"
+    steps = "" if SAMPLERS[settings.method].adaptive else f"{settings.num_steps}"
     parts = [run_name(options.ckpt), f"step{metadata['step']}" if "step" in metadata else "", settings.method + steps]
     if (settings.diffusion_form, settings.diffusion_norm) != ("linear", 1):
         parts.append(f"w{settings.diffusion_form}{settings.diffusion_norm:g}")

@@ -26,11 +26,11 @@ from models.precision import cast_products
 BLOCK_TOKENS = {"cuda": 8192, "cpu": 256}  # of a network call without guidance; with it, twice as many
 
 
-class LabeledImages(NamedTuple):
+class GeneratedImages(NamedTuple):
     """A batch of finished images."""
 
     indices: list[int]  # global image numbers
-    labels: Tensor  # (N,) class ids
+    conditions: Tensor  # (N, ...), of each: class ids (N,), for example
     images: Tensor  # (N, H, W, 3) uint8, on the CPU
 
 
@@ -43,12 +43,12 @@ def images_per_block(config: dict[str, Any], device_type: str) -> int:
 def generate_images(
     model: DeepFlow,
     decode_latents: Callable[[Tensor], Tensor],
-    labels: np.ndarray,
+    conditions: Tensor | np.ndarray,
     settings: Settings,
     indices: Sequence[int],
     batch_size: int,
     guide: DeepFlow | None = None,
-) -> Iterator[LabeledImages]:
+) -> Iterator[GeneratedImages]:
     """The images with the given global numbers, in ascending order, batch by batch.
 
     A block is made whole even where only some of its images are wanted: see `images_per_block`. On the CPU, blocks of
@@ -57,28 +57,29 @@ def generate_images(
     Args:
         model: the network, in evaluation mode, on the device to sample on.
         decode_latents: latents (N, C, h, w) -> uint8 images (N, H, W, 3), N being that of a block.
-        labels: class id of every global image number, (total,). If the total ends inside a block, its remaining
-            images, which are not returned, get the first labels again.
+        conditions: of every global image number, (total, ...), on the CPU: class ids (total,), for example. If the
+            total ends inside a block, its remaining images, which are not returned, get the first conditions again.
         settings: sampler, guidance, precision and seed.
         indices: which of the images to make, in any order.
         batch_size: images made and returned together, rounded up to whole blocks; no influence on the images.
         guide: the weaker network of autoguidance, on the same device; None for classifier-free guidance.
 
     Raises:
-        UserError: if samples are not finite.
-        IndexError: for an image number without a label.
+        UserError: if samples are not finite, or conditions that the network does not know.
+        IndexError: for an image number without a condition.
     """
-    wanted = sorted({int(i) for i in indices})
-    if wanted and not 0 <= wanted[0] <= wanted[-1] < len(labels):
-        raise IndexError(f"images {wanted[0]} to {wanted[-1]} are wanted, but there are {len(labels)} labels")
+    wanted, conditions = sorted({int(i) for i in indices}), torch.as_tensor(conditions)
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < len(conditions):
+        raise IndexError(f"images {wanted[0]} to {wanted[-1]} are wanted, but there are {len(conditions)} conditions")
+    model.check_condition(conditions)
     device = model.pos_embed.device
     size = images_per_block(model.config, device.type)
-    labels = np.resize(labels, math.ceil(len(labels) / size) * size)
+    conditions = conditions[torch.arange(math.ceil(len(conditions) / size) * size) % len(conditions)]
     blocks = sorted({i // size for i in wanted})
     at_once = math.ceil(batch_size / size)
 
     def make(block: int) -> Tensor:
-        return make_block(model, decode_latents, labels, settings, range(block * size, (block + 1) * size), guide)
+        return make_block(model, decode_latents, conditions, settings, range(block * size, (block + 1) * size), guide)
 
     for first in range(0, len(blocks), at_once):
         group = blocks[first : first + at_once]
@@ -86,13 +87,13 @@ def generate_images(
         numbers = [i for block in group for i in range(block * size, (block + 1) * size)]
         rows = np.flatnonzero(np.isin(numbers, wanted))
         batch = [numbers[row] for row in rows]
-        yield LabeledImages(batch, torch.from_numpy(labels[batch]), images[rows])
+        yield GeneratedImages(batch, conditions[batch], images[rows])
 
 
 def make_block(
     model: DeepFlow,
     decode_latents: Callable[[Tensor], Tensor],
-    labels: np.ndarray,
+    conditions: Tensor,
     settings: Settings,
     numbers: range,
     guide: DeepFlow | None,
@@ -100,13 +101,14 @@ def make_block(
     """The images of one block, (N, H, W, 3) uint8, on the CPU; see `generate_images`."""
     device = model.pos_embed.device
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
-    y = torch.from_numpy(labels[numbers.start : numbers.stop]).to(device)
+    condition = conditions[numbers.start : numbers.stop].to(device)
     noise = samplers.ImageNoise(settings.seed, numbers, shape)
     interval = (settings.cfg_scale, settings.guidance_low, settings.guidance_high)
     if guide is None:
-        velocity = samplers.classifier_free_guidance(velocity_of(model), y, model.num_classes, *interval)
+        null = model.null_condition(len(numbers))
+        velocity = samplers.classifier_free_guidance(velocity_of(model), condition, null, *interval)
     else:
-        velocity = samplers.autoguidance(velocity_of(model), velocity_of(guide), y, *interval)
+        velocity = samplers.autoguidance(velocity_of(model), velocity_of(guide), condition, *interval)
 
     def draw(_: int = 0) -> Tensor:
         drawn = noise.draw()  # from pinned memory the copy does not make the host wait for the device
@@ -132,11 +134,11 @@ def make_block(
 
 
 def velocity_of(model: DeepFlow) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`model.velocity(x, t, y)` for times (N,) on the CPU that are all equal, as samplers hand them over."""
+    """`model.velocity(x, t, condition)` for times (N,) on the CPU that are all equal, as samplers hand them over."""
 
-    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         # Filled on the device: a copy to it would make the host wait for the device at every call.
-        return model.velocity(x, torch.full_like(t, t[0].item(), device=x.device), y)
+        return model.velocity(x, torch.full_like(t, t[0].item(), device=x.device), condition)
 
     return velocity
 

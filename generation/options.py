@@ -12,13 +12,13 @@ from common.files import portable
 from common.flags import PRECISIONS, number, numbers
 from common.processes import launcher_setting
 from interpolant import PATHS
-from samplers import DIFFUSION_FORMS, sde_schedule
+from samplers import DIFFUSION_FORMS, SAMPLERS, sde_schedule
 
 
 class Settings(NamedTuple):
     """What, besides the networks, decides an image."""
 
-    method: str = "sde"  # sde, sde-heun, euler, heun or dopri5
+    method: str = "sde"  # of samplers.SAMPLERS
     num_steps: int = 250
     cfg_scale: float = 1.0
     guidance_low: float = 0.0
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     boolean = argparse.BooleanOptionalAction
+    solvers = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
 
     group = parser.add_argument_group("what")
     add = group.add_argument
@@ -52,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--mode", choices=["sde", "ode"], help="the SDE, or the probability-flow ODE (default: sde; with --heun or "
         "--solver dopri5 alone, ode)")  # fmt: skip
-    add("--solver", choices=["euler", "heun", "dopri5"], help="euler (Euler-Maruyama for the SDE), heun, or for the "
-        "ODE the adaptive dopri5 (default: euler)")  # fmt: skip
+    add("--solver", choices=solvers, help="euler (Euler-Maruyama for the SDE), heun, or for the ODE the adaptive "
+        "dopri5 (default: euler)")  # fmt: skip
     add("--heun", action=boolean, default=False, help="the same as --solver heun")
     add("--num-steps", type=number(int, 1), default=250, help="sampling steps; dopri5 chooses its own")
     add("--time-shift", type=number(float, 0), default=1.0, help="bend the time grid by t -> s t / (1 + (s - 1) t): "
@@ -117,13 +118,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.command = shlex.join(["generate.py", *(portable_argument(str(word)) for word in arguments)])
     options.df_idxs = numbers(options.df_idxs, int, "--df-idxs")
     options.method = method_of(options)
-    is_sde = options.method in ("sde", "sde-heun")
-    if is_sde and options.num_steps < 2:
-        raise UserError(f"--num-steps is {options.num_steps}: give at least 2 for the SDE")
-    if not is_sde and (options.diffusion_form != "linear" or options.diffusion_norm != 1):
+    sampler = SAMPLERS[options.method]
+    if options.num_steps < sampler.least_steps:
+        kind = "SDE" if sampler.stochastic else options.method
+        raise UserError(f"--num-steps is {options.num_steps}: give at least {sampler.least_steps} for the {kind}")
+    if not sampler.stochastic and (options.diffusion_form != "linear" or options.diffusion_norm != 1):
         raise UserError("--diffusion-form and --diffusion-norm are of the SDE: drop them, or give --mode sde")
-    if options.method == "dopri5" and options.time_shift != 1:
-        raise UserError("--time-shift with --solver dopri5, which chooses its own steps: drop one of them")
+    if sampler.adaptive and options.time_shift != 1:
+        raise UserError(f"--time-shift with --solver {options.method}, which chooses its own steps: drop one of them")
     if options.time_shift in (0, float("inf")):
         raise UserError(f"--time-shift is {options.time_shift}: give a positive number, 1 for none")
     if not -float("inf") < options.cfg_scale < float("inf"):
@@ -164,9 +166,10 @@ def method_of(options: argparse.Namespace) -> str:
     mode = options.mode or ("sde" if solver == "euler" else "ode")
     if mode == "ode":
         return solver
-    if solver == "dopri5":
-        raise UserError("--solver dopri5 with --mode sde: it solves the ODE; give --mode ode")
-    return "sde" if solver == "euler" else "sde-heun"
+    method = "sde" if solver == "euler" else f"sde-{solver}"
+    if method not in SAMPLERS:
+        raise UserError(f"--solver {solver} with --mode sde: it solves the ODE; give --mode ode")
+    return method
 
 
 def settings_of(options: argparse.Namespace, metadata: dict[str, Any]) -> Settings:
@@ -180,7 +183,7 @@ def settings_of(options: argparse.Namespace, metadata: dict[str, Any]) -> Settin
         raise UserError(
             f"--path-type {options.path_type}, but {options.ckpt} was trained on the {trained_on} path: drop the flag"
         )
-    if options.method in ("sde", "sde-heun"):
+    if SAMPLERS[options.method].stochastic:
         sde_schedule(options.num_steps, trained_on, options.diffusion_form, options.diffusion_norm, options.time_shift)
     return Settings(
         method=options.method,

@@ -77,14 +77,14 @@ def test_the_iterator_makes_any_subset(run, monkeypatch):
     settings, labels = Settings(method="heun", num_steps=3, cfg_scale=2.0), np.arange(10) % 3
     make = lambda indices, size: list(images.generate_images(model, decode, labels, settings, indices, size))  # noqa: E731
     (everything,) = make(range(10), 10)
-    assert everything.indices == list(range(10)) and everything.labels.tolist() == labels.tolist()
+    assert everything.indices == list(range(10)) and everything.conditions.tolist() == labels.tolist()
     parts = make([9, 2, 5, 2], 1)
     assert [part.indices for part in parts] == [[2], [5], [9]]
     for part in parts:
         assert torch.equal(part.images, everything.images[part.indices])
-        assert part.labels.tolist() == labels[part.indices].tolist()
+        assert part.conditions.tolist() == labels[part.indices].tolist()
     assert make([], 4) == []
-    with pytest.raises(IndexError, match="images 3 to 10 are wanted, but there are 10 labels"):
+    with pytest.raises(IndexError, match="images 3 to 10 are wanted, but there are 10 conditions"):
         make([10, 3], 4)
 
 

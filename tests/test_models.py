@@ -49,7 +49,7 @@ def test_configuration_round_trips(golden_config, golden_model):
     assert "decoder_hidden_size" not in golden_model.config
     assert golden_model.config.items() >= {k: v for k, v in golden_config.items() if k[:7] != "decoder"}.items()
     assert DeepFlow(**golden_model.config).config == golden_model.config
-    assert json.loads(json.dumps(golden_model.config)) == golden_model.config
+    assert json.loads(json.dumps(dict(golden_model.config))) == golden_model.config
 
 
 # The paper's table: name, depth, parameters in millions (rounded or cut off), "GFLOPS" as it counts them.
@@ -154,7 +154,7 @@ def test_several_encoders_have_a_projector_each_after_every_vera_block(df_idxs):
     for i, projection in enumerate(projections):
         assert torch.equal(projection, model.projectors[i](refined[i // 2]))
     assert model.config["ssl_dim"] == [5, 7]
-    assert DeepFlow(**json.loads(json.dumps(model.config))).config == model.config
+    assert DeepFlow(**json.loads(json.dumps(dict(model.config)))).config == model.config
 
 
 def test_one_encoder_given_as_a_list_is_one_encoder():

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_processes_on_cpus_find_each_other(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "from processes import join_processes\n"
+        "from common.processes import join_processes\n"
         "state = join_processes()\n"
         "print(f'{state.process_index} of {state.num_processes}\\n', end='')\n"
     )
@@ -37,7 +37,7 @@ def test_a_mistake_of_one_process_is_told(monkeypatch, capsys):
 def test_an_interrupt_is_one_line_and_stays_an_interrupt(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "from errors import exits_on_user_error\n"
+        "from common.errors import exits_on_user_error\n"
         "@exits_on_user_error\n"
         "def main():\n"
         "    raise KeyboardInterrupt\n"

@@ -12,6 +12,8 @@ from models import DeepFlow
 
 MEAN, STD = 1.5, 0.4
 
+NULL = torch.tensor([7, 7])
+
 
 def gaussian_velocity(path, mean=MEAN, std=STD):
     """The exact velocity E[V | x_t = x] for data N(mean, std^2)."""
@@ -171,7 +173,7 @@ def test_time_shift_bends_the_grid_between_its_ends(shift):
 @pytest.mark.parametrize("shift", [0.05, 0.1, 0.2, 1.0, 3.3])
 def test_a_shifted_grid_begins_at_1_where_guidance_is_on(shift):
     model, noise = RowCounter(), torch.zeros(2, 4)
-    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), 7, 1.5)
+    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), NULL, 1.5)
     for method in ("sde", "euler"):
         samplers.sample(velocity, noise, method=method, num_steps=5, time_shift=shift, step_noise=lambda _: noise)
     assert model.rows == [4] * 10
@@ -252,7 +254,7 @@ class RowCounter:
 
 def test_guidance_formula_on_all_channels():
     model = RowCounter()
-    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), null_label=7, scale=1.5)
+    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), NULL, scale=1.5)
     v = velocity(torch.zeros(2, 4), torch.full((2,), 0.5))
     assert torch.equal(v, (7 + 1.5 * (torch.tensor([[1.0], [3.0]]) - 7)).expand(2, 4))
 
@@ -263,7 +265,7 @@ def test_guidance_of_a_network_in_half_precision_does_not_round_again(dtype):
     expected = weak.double() + 1.325 * (strong.double() - weak.double())
     x, t, y = torch.zeros(2, 50), torch.full((2,), 0.5), torch.tensor([1, 3])
     both = lambda x, t, y: torch.cat([strong, weak])  # noqa: E731
-    free = samplers.classifier_free_guidance(both, y, 7, 1.325)(x, t)
+    free = samplers.classifier_free_guidance(both, y, NULL, 1.325)(x, t)
     auto = samplers.autoguidance(lambda *_: strong, lambda *_: weak, y, 1.325)(x, t)
     for v in (free, auto):
         assert torch.allclose(v.double(), expected, rtol=0, atol=1e-6)
@@ -271,7 +273,7 @@ def test_guidance_of_a_network_in_half_precision_does_not_round_again(dtype):
 
 def test_guidance_costs_two_rows_inside_its_interval_and_one_outside():
     model = RowCounter()
-    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), 7, 1.5, low=0.3, high=0.7)
+    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), NULL, 1.5, low=0.3, high=0.7)
     for t in (0.0, 0.29, 0.3, 0.5, 0.7, 0.71, 1.0):
         velocity(torch.zeros(2, 4), torch.full((2,), t, dtype=torch.float64))
     assert model.rows == [2, 2, 4, 4, 4, 2, 2]
@@ -288,11 +290,11 @@ def test_guidance_costs_two_rows_inside_its_interval_and_one_outside():
 )
 def test_rows_of_every_step(method, rows):
     model, noise = RowCounter(), torch.zeros(2, 4)
-    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), 7, 1.5, low=0.5, high=0.9)
+    velocity = samplers.classifier_free_guidance(model, torch.tensor([1, 3]), NULL, 1.5, low=0.5, high=0.9)
     samplers.sample(velocity, noise, method=method, num_steps=5, step_noise=lambda _: noise)
     assert model.rows == rows
     unguided = RowCounter()
-    velocity = samplers.classifier_free_guidance(unguided, torch.tensor([1, 3]), 7, 1.0)
+    velocity = samplers.classifier_free_guidance(unguided, torch.tensor([1, 3]), NULL, 1.0)
     samplers.sample(velocity, noise, method=method, num_steps=5, step_noise=lambda _: noise)
     assert unguided.rows == [2] * len(rows)
 
@@ -312,7 +314,7 @@ def test_autoguidance_formula_and_rows():
 
 def test_no_guidance_at_scale_one():
     model = RowCounter()
-    samplers.classifier_free_guidance(model, torch.tensor([1, 3]), 7, 1.0)(torch.zeros(2, 4), torch.full((2,), 0.5))
+    samplers.classifier_free_guidance(model, torch.tensor([1, 3]), NULL, 1.0)(torch.zeros(2, 4), torch.full((2,), 0.5))
     assert model.rows == [2]
 
 
@@ -341,7 +343,7 @@ def test_image_is_the_same_at_batch_1_and_8(method):
     def run(indices):
         noise = samplers.ImageNoise(0, indices, (4, 4, 4))
         y = torch.tensor([i % 3 for i in indices])
-        velocity = samplers.classifier_free_guidance(model.velocity, y, 3, scale=2.0)
+        velocity = samplers.classifier_free_guidance(model.velocity, y, model.null_condition(len(y)), scale=2.0)
         start = noise.draw().double()
         with torch.no_grad():
             return samplers.sample(velocity, start, method=method, num_steps=6, step_noise=lambda _: noise.draw())

@@ -266,7 +266,7 @@ def test_any_number_of_branches_trains_and_leaves_a_model(start, tmp_path, flags
     assert sum(key.startswith("velocity_") for key in entry) == branches
     assert (entry["acceleration"] > 0) == (branches > 1)
     model = checkpoints.load(tmp_path / "run" / "ema.safetensors")
-    assert len(model.branches) == branches and model.config["input_size"] == 4
+    assert model.num_branches == branches and model.config["input_size"] == 4
     with torch.no_grad():
         assert model.velocity(torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 3])).isfinite().all()
 

@@ -16,7 +16,7 @@ from models.ssl_encoders import load_encoder
 from training import guard, parallel, run_state
 from training.ema import EMA, averages
 from training.optimizer import make_optimizer
-from training.plan import Plan, build_network, tokens_a_side
+from training.plan import Plan, build_network
 
 
 class Models(NamedTuple):
@@ -103,7 +103,7 @@ def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialSta
     with processes.local_main_process_first():  # it downloads what is not in the cache
         try:
             for name, file in zip(options.enc_type, files, strict=True):
-                encoders.append(load_encoder(name, tokens_a_side(plan.config), file, processes.device, dtype))
+                encoders.append(load_encoder(name, plan.config.tokens_per_side, file, processes.device, dtype))
         except UserError as error:  # raised only after the others, who wait for this process, have made it too
             mistake = error
     if mistake:

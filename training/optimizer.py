@@ -1,6 +1,7 @@
 """The optimizer: AdamW as the paper has it, its learning-rate schedule, and what its kernel can do by itself."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -29,6 +30,13 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+# The factor of the learning rate after a share of all steps, in [0, 1].
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 1.0,
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),  # down to 0
+}
+
+
 def schedule(name: str, step: int, total_steps: int) -> float:
-    """The factor of the learning rate after `step` steps: 1, or with `cosine` half a cosine from 1 down to 0."""
-    return 1.0 if name == "constant" else 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    """The factor of the learning rate after `step` of `total_steps` steps, by one of `SCHEDULES`."""
+    return SCHEDULES[name](step / total_steps)

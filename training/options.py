@@ -8,6 +8,8 @@ from pathlib import Path
 from common.errors import OneLineParser, UserError, tell
 from common.flags import PRECISIONS, number, numbers
 from common.processes import launcher_setting
+from interpolant import PATHS, WEIGHTINGS
+from training.optimizer import SCHEDULES
 
 # What, with architecture and data, makes two runs one experiment: a checkpoint continues only under equal values.
 EXPERIMENT = (
@@ -73,9 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("objective")
     add = group.add_argument
-    add("--path-type", choices=["linear", "cosine"], default="linear", help="path from data to noise")
+    add("--path-type", choices=list(PATHS), default="linear", help="path from data to noise")
     add("--prediction", choices=["v"], default="v", help="what the network predicts: only the velocity")
-    add("--weighting", choices=["lognormal", "uniform"], default="lognormal", help="distribution of the time")
+    add("--weighting", choices=list(WEIGHTINGS), default="lognormal", help="distribution of the time")
     add("--cfg-prob", type=number(float, 0, 1), default=0.1, help="probability of dropping a label")
     add("--tg-upper-bound", type=number(float, 0, 1), default=0.01, help="largest time gap between branches")
     add("--scale-weight", nargs="*", metavar="W", help="velocity-loss weight of each branch "
@@ -103,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient-accumulation-steps", type=number(int, 1), help="micro-batches per optimizer step "
         "(default: accelerate launch's, else 1)")  # fmt: skip
     add("--learning-rate", type=number(float, 0), default=1e-4, help="AdamW's step size")
-    add("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the end")
+    add("--lr-schedule", choices=list(SCHEDULES), default="constant", help="cosine: down to 0 at the end")
     add("--adam-beta1", type=number(float, 0, 1, below=True), default=0.9, help="decay of the first moment")
     add("--adam-beta2", type=number(float, 0, 1, below=True), default=0.999, help="decay of the second moment")
     add("--adam-weight-decay", type=number(float, 0), default=0.0, help="decoupled weight decay")

@@ -22,6 +22,7 @@ from common.processes import require_compiler
 from dataset import LatentData, open_latents
 from models import DeepFlow, create_model
 from models.autoencoder import portable_name
+from models.config import Architecture
 from models.presets import model_config
 from models.ssl_encoders import RANDOM, encoder_width, require_weights
 from storage.features import PackedFeatures
@@ -61,7 +62,7 @@ class Plan:
     missing: str | None  # then, the line that says so
     images: int  # in the data
     features: list[PackedFeatures]  # of SSL encoders, where they are at hand
-    config: dict[str, Any]  # the network's architecture
+    config: Architecture
     parameters: int
     experiment: dict[str, Any]  # what a resumed run must share
     total_steps: int
@@ -117,7 +118,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
     with torch.device("meta"):  # checks the architecture and counts its parameters without taking memory
         network = build_network(options, data, features)
     for packed in features if data is not None else ():
-        packed.check_belongs(data, tokens_a_side(network.config) ** 2)
+        packed.check_belongs(data, network.config.tokens_per_side**2)
     if options.scale_weight is not None and len(options.scale_weight) != network.num_branches:
         raise UserError(
             f"--scale-weight {options.scale_weight} has {len(options.scale_weight)} entries, the model "
@@ -134,7 +135,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         features=features,
         config=network.config,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        experiment=experiment | network.config | {"data": identity(options, data, features)},
+        experiment=experiment | dict(network.config) | {"data": identity(options, data, features)},
         total_steps=min(options.max_train_steps, math.ceil(options.epochs * images / options.batch_size)),
         micro_batch=options.batch_size // parts,
         resume_from=run_state.find(run, options.resume, options.resume_step),
@@ -206,11 +207,6 @@ def build_network(options: argparse.Namespace, data: LatentData | None, features
         ssl_dim=widths or None,
         repa_depth=options.repa_depth or (min(REPA_DEPTH, config["depth"]) if one_branch else None),
     )
-
-
-def tokens_a_side(config: dict[str, Any]) -> int:
-    """Square root of the number of tokens of an image."""
-    return config["input_size"] // config["patch_size"]
 
 
 def measure(plan: Plan, options: argparse.Namespace) -> Work:
@@ -287,7 +283,7 @@ def describe(plan: Plan, options: argparse.Namespace, work: Work, world: int, de
     return "\n".join(
         [
             f"model      {options.model}, {plan.parameters / 1e6:.1f} M parameters, {work.macs / 1e9:.1f} GMAC a "
-            f"forward of one image: {plan.config}",
+            f"forward of one image: {dict(plan.config)}",
             f"data       {data}: {plan.images} images of {options.resolution} px in "
             f"{options.num_classes} classes, {plan.images / options.batch_size:.1f} steps an epoch",
             *([f"aligned    with {', '.join(options.enc_type)}, {source}"] if options.ssl_align else []),

@@ -11,7 +11,8 @@ from torch import Tensor
 from common.errors import UserError, spared_by
 from dataset import LatentData
 from evaluation import evaluate, extract, load_extractor, open_images
-from evaluation.metrics import check_images
+from evaluation.extraction import check_images
+from evaluation.metrics import METRICS
 from generation.conditions import choose_labels
 from generation.images import generate_images, images_per_block
 from generation.options import Settings
@@ -73,7 +74,7 @@ class Previews:
         if self.reference is None:
             return {}
         scores = evaluate(self.reference, images, self.extractor, progress=False)
-        return {"preview_" + name: value for name, value in scores.items() if name in ("fid", "frechet_distance")}
+        return {f"preview_{name}": value for name, value in scores.items() if METRICS[name].is_distance}
 
     def _decode(self, latents: Tensor) -> Tensor:
         return decode(self.vae, latents)

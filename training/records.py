@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
@@ -34,10 +34,10 @@ def code_commit() -> str | None:
         return None
 
 
-def write_options(run: Path, options: dict[str, Any], config: dict[str, Any]) -> None:
+def write_options(run: Path, options: dict[str, Any], config: Mapping[str, Any]) -> None:
     """`options.json`: options as resolved, architecture, commit of this code, versions."""
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    record = {"options": options, "config": config, "commit": code_commit(), "versions": versions}
+    record = {"options": options, "config": dict(config), "commit": code_commit(), "versions": versions}
     write_text(run / "options.json", json.dumps(record, indent=1))
 
 
