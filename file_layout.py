@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -47,6 +48,7 @@ SYSTEM_NAMES = {  # in lower case; what begins with a dot is hidden anyway, such
     "thumbs.db",
 }
 HIDDEN = "a hidden or system file"  # why a file is passed over
+SPECIAL = "a pipe, socket or device"  # reading it might wait for ever
 
 DAMAGE = (  # all that reading a zip raises for bytes that are not what they were, or that it cannot take
     OSError,
@@ -228,16 +230,15 @@ def _kind_of(entry: os.DirEntry, root: Path, name: str, real: str, hidden: bool)
     for a file, or why it is passed over. Raises `UserError` if the system does not say, for what is not hidden."""
     try:
         if not entry.is_symlink():
-            return ("folder" if entry.is_dir() else None), entry.path
+            return ("folder" if entry.is_dir() else None if entry.is_file() else SPECIAL), entry.path
         if hidden:
             return HIDDEN, entry.path
         if not entry.is_dir():
-            entry.stat()
-            return None, entry.path
+            return (None if stat.S_ISREG(entry.stat().st_mode) else SPECIAL), entry.path
     except FileNotFoundError:
-        if not (root / name).suffix and not hidden:  # most likely a class
+        if splitext(name)[1].lower() in ("", ".tar", *IMAGE_SUFFIXES):  # without a suffix most likely a class
             raise UserError(f"{root / name} is a link to nothing: mend it, or remove it") from None
-        return None, entry.path
+        return "a link to nothing", entry.path
     except OSError as error:
         if not hidden and error.errno != errno.ELOOP:
             raise _unreadable(root / name, error) from error

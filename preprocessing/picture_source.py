@@ -7,7 +7,7 @@ from posixpath import splitext
 from typing import NamedTuple
 
 from errors import UserError
-from file_layout import LABELS, FileStore, read_labels
+from file_layout import HIDDEN, LABELS, FileStore, read_labels
 from image_files import IMAGE_SUFFIXES
 from preprocessing.tar_store import TarStore, is_tar
 
@@ -42,7 +42,11 @@ def list_stored(store: FileStore | TarStore) -> PictureSource:
     """
     files = store.files()
     label_of, class_names = read_labels(store) if LABELS in files else ({}, [])
-    images = sorted(name for name, why in files.items() if _is_image(name) and (why is None or name in label_of))
+    images = sorted(
+        name
+        for name, why in files.items()
+        if _is_image(name) and (why is None or (why == HIDDEN and name in label_of))
+    )
     if not images:
         raise UserError(_no_images(store, files))
     if LABELS in files:
