@@ -26,7 +26,8 @@ from evaluation import compare, extract, load_extractor, open_images
 from evaluation.archives import ImageSource
 from evaluation.extraction import check_count, check_images, check_reference, check_size
 from evaluation.features import INCEPTION_SHA256
-from files import write_text
+from files import portable, write_text
+from generation.options import portable_argument
 from processes import join_processes, usable_device
 
 TITLES = {
@@ -143,12 +144,12 @@ def report(
     extractor: torch.nn.Module,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """All that is needed to judge or repeat the numbers, as JSON values."""
+    """All that is needed to judge or repeat the numbers, as JSON values that name no place on this machine."""
     return {
         "metrics": metrics,
         **{
             role: {
-                "file": str(archive.path),
+                "file": portable(archive.path, 2),
                 "sha256": archive.sha256,
                 "images": len(archive),
                 "size": archive.size,
@@ -161,7 +162,7 @@ def report(
         "features": {"name": extractor.name, "weights_sha256": extractor.weights_sha256},
         "batch_size": args.batch_size,
         "device": str(args.device),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["evaluate.py", *map(portable_argument, sys.argv[1:])]),
         "versions": {
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},

@@ -273,7 +273,7 @@ def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{place}: expected {{"labels": [["a/b.png", 3], ...]}}, got {error!r}') from error
+        raise UserError(f'{place}: expected {{"labels": [["a/b.png", 3], ...]}}, got {type(error).__name__}: {error}') from error
     for name, label in label_of.items():
         if type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise UserError(f"{place}: label {label!r} of {name}, expected an integer from 0, below {MAX_CLASSES}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errors import UserError, first_line
-from files import REPOSITORY, portable
+from files import REPOSITORY, named_in_utf8, portable
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -74,15 +74,17 @@ def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple["Aut
     """The VAE, and which tensors its file lacks or has besides; tensors that it lacks have no memory."""
     from diffusers import AutoencoderKL  # a slow import, needed by no other part of the models
 
-    with _quiet_diffusers():
-        _check_config(AutoencoderKL.load_config(source, local_files_only=local_files_only), source)
-        return AutoencoderKL.from_pretrained(
-            source,
+    with _quiet_diffusers(), named_in_utf8(source) as name:
+        _check_config(AutoencoderKL.load_config(name, local_files_only=local_files_only), source)
+        vae, loading = AutoencoderKL.from_pretrained(
+            name,
             local_files_only=local_files_only,
             torch_dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
         )
+    vae.register_to_config(_name_or_path=source)
+    return vae, loading
 
 
 def _check_config(config: dict[str, Any], source: str) -> None:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from errors import UserError
 from file_layout import LABELS, SD_VAE, FileLatents, image_folder, pairing_name, read_image
 from files import only_writer
+from models.vae import portable_name
 from preprocessing.images import SourceImages, list_images, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
@@ -43,7 +44,7 @@ def pack(
             resolution=latents.manifest["resolution"],
             latent_shape=latents.latent_shape,
             dtype=dtype,
-            vae=vae_name,
+            vae=portable_name(vae_name),
             vae_sha256=None,
             scaling_factor=latents.scaling_factor,
             images=paired is not None,
