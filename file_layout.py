@@ -273,7 +273,8 @@ def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{place}: expected {{"labels": [["a/b.png", 3], ...]}}, got {type(error).__name__}: {error}') from error
+        got = f"{type(error).__name__}: {error}"
+        raise UserError(f'{place}: expected {{"labels": [["a/b.png", 3], ...]}}, got {got}') from error
     for name, label in label_of.items():
         if type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise UserError(f"{place}: label {label!r} of {name}, expected an integer from 0, below {MAX_CLASSES}")
@@ -290,6 +291,9 @@ def _listed_name(store: FileStore, name: str) -> str:
 
 
 def _remedy_of_missing_labels(store: FileStore) -> str:
+    kinds = {splitext(name)[1].lower() for name in store.names()} if not store.path.is_dir() else set()
+    if kinds & set(IMAGE_SUFFIXES) and ".npy" not in kinds:
+        return "it holds images: encode them first, with python -m preprocessing.dataset_tools encode"
     if store.path.is_dir():
         inner = next((place.parent for place in sorted(store.path.glob(f"*/{LABELS}"))), None)
         return f"give {inner}" if inner else "give the folder that holds it beside the files it lists"

@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from errors import UserError, first_line
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 PIXELS_AT_ONCE = 8 * 512 * 512  # decoding more needs tens of gigabytes with the SD-VAE
-OFF_CENTRE = ("shift_factor", "latents_mean", "latents_std")  # of an affine that more than scales
+# Of an affine that more than scales, and what each is where it does not.
+OFF_CENTRE = {"shift_factor": 0, "latents_mean": 0, "latents_std": 1}
 
 
 def load_vae(
@@ -92,7 +95,11 @@ def _check_config(config: dict[str, Any], source: str) -> None:
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise UserError(f"the VAE {source} is of class {kind} by its config.json: give an AutoencoderKL")
-    shifts = [f"{name} {config[name]}" for name in OFF_CENTRE if config.get(name) not in (None, 0)]
+    shifts = [
+        f"{name} {config[name]}"
+        for name, neutral in OFF_CENTRE.items()
+        if config.get(name) is not None and np.any(np.asarray(config[name]) != neutral)
+    ]
     if shifts:
         raise UserError(
             f"the VAE {source} has {', '.join(shifts)}, and only a scaling_factor is supported: its latents would be "
@@ -105,13 +112,15 @@ def _check_config(config: dict[str, Any], source: str) -> None:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without the warnings of diffusers: what they warn of is refused, in one line."""
+    """Without what diffusers and the hub's client print: it is refused, in one line."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(before)
 

@@ -126,6 +126,8 @@ def encode_units(
                 batch = torch.from_numpy(next(read))
                 views = [batch, batch.flip(2)] if job.manifest["flip"] else [batch]
                 values.append(torch.stack([network(view) for view in views], dim=1).cpu().numpy())
+                if not np.isfinite(values[-1]).all():
+                    raise UserError("what the network makes of the images is not finite: its weights are damaged")
                 if job.manifest.get("images"):
                     pixels.append(batch.numpy())
                 bar.update(len(batch))
