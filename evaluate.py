@@ -26,8 +26,7 @@ from evaluation import compare, extract, load_extractor, open_images
 from evaluation.archives import ImageSource
 from evaluation.extraction import check_count, check_images, check_reference, check_size
 from evaluation.features import INCEPTION_SHA256
-from files import portable, write_text
-from generation.options import portable_argument
+from files import portable, portable_argument, write_text
 from processes import join_processes, usable_device
 
 TITLES = {

@@ -113,6 +113,12 @@ def portable(path: str | Path, parts: int = 1) -> str:
     return Path(*[part for part in place.parts if part != place.anchor][-parts:]).as_posix()
 
 
+def portable_argument(word: str) -> str:
+    """A word of a command line, with the absolute path that it is, or ends in after `=`, made portable."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + (portable(value, 2) if Path(value).is_absolute() else value)
+
+
 @contextmanager
 def only_writer(dest: str | Path, flag: str = "--dest") -> Iterator[None]:
     """While inside, no other process may write `dest` (file or folder, there or not yet there; what `flag` names).

@@ -142,12 +142,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def portable_argument(word: str) -> str:
-    """A word of a command line, with the absolute path that it is, or ends in after `=`, made portable."""
-    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return flag + equals + (portable(value, 2) if Path(value).is_absolute() else value)
-
-
 def tell_of_launcher(precision: str) -> None:
     """One line if `accelerate launch` was told of another precision, which does not change images unasked."""
     launcher = launcher_setting("mixed_precision") or "no"

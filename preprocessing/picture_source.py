@@ -43,9 +43,7 @@ def list_stored(store: FileStore | TarStore) -> PictureSource:
     files = store.files()
     label_of, class_names = read_labels(store) if LABELS in files else ({}, [])
     images = sorted(
-        name
-        for name, why in files.items()
-        if _is_image(name) and (why is None or (why == HIDDEN and name in label_of))
+        name for name, why in files.items() if _is_image(name) and (why is None or (why == HIDDEN and name in label_of))
     )
     if not images:
         raise UserError(_no_images(store, files))

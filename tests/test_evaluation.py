@@ -489,7 +489,9 @@ def test_command_writes_table_and_json(rng, tmp_path, monkeypatch, capsys):
     assert len(result["samples"]["sha256"]) == 64
     assert result["features"] == {"name": "inception", "weights_sha256": "none"}
     assert result["versions"]["torch"]
-    assert result["recipe"] is None and str(tmp_path / "s.npz") in result["command"]
+    assert result["recipe"] is None and "/s.npz --json" in result["command"]
+    assert result["samples"]["file"] == f"{tmp_path.name}/s.npz"
+    assert str(tmp_path) not in (tmp_path / "out.json").read_text()  # it is shared with the numbers
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "r.npz", "s.npz"]  # nothing left aside
 
 
