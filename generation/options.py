@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import OneLineParser, UserError, tell
-from files import portable
+from files import portable_argument
 from flags import PRECISIONS, number, numbers
 from interpolant import PATHS
 from models import checkpoints
