@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -753,3 +754,13 @@ def test_the_recipe_of_a_folder_of_samples_travels_with_the_number(rng, tmp_path
     assert json.loads((tmp_path / "m.json").read_text())["recipe"] == {"classes": "balanced"}
     code, _, err = run(monkeypatch, capsys, *pair, "--json", tmp_path / "run-cfg1.5.json")
     assert code == 2 and "there generate.py tells" in err
+
+
+def test_files_of_images_that_are_no_folder_say_what_to_give(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "cat/a.png")
+    with pytest.raises(UserError, match="holds no images: .* unpack it and give the folder"):
+        open_images(tmp_path / "a.zip")
+    with pytest.raises(UserError, match=r"a\.png: no \.npz; expected an \.npz or \.npy of images, or a folder"):
+        open_images(tmp_path / "a.png")
