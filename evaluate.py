@@ -22,7 +22,7 @@ import torch
 
 import generate
 from common.errors import OneLineParser, UserError, exits_on_user_error, memory_told
-from common.files import write_text
+from common.files import portable, portable_argument, write_text
 from common.processes import join_processes, usable_device
 from evaluation import compare, extract, load_extractor, open_images
 from evaluation.archives import ImageSource
@@ -133,12 +133,12 @@ def report(
     extractor: torch.nn.Module,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """All that is needed to judge or repeat the numbers, as JSON values."""
+    """All that is needed to judge or repeat the numbers, as JSON values that name no place on this machine."""
     return {
         "metrics": metrics,
         **{
             role: {
-                "file": str(archive.path),
+                "file": portable(archive.path, 2),
                 "sha256": archive.sha256,
                 "images": len(archive),
                 "size": archive.size,
@@ -151,7 +151,7 @@ def report(
         "features": {"name": extractor.name, "weights_sha256": extractor.weights_sha256},
         "batch_size": args.batch_size,
         "device": str(args.device),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["evaluate.py", *map(portable_argument, sys.argv[1:])]),
         "versions": {
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},

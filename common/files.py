@@ -49,12 +49,15 @@ def naming(path: Path) -> Iterator[None]:
 def real_place(path: str | Path) -> Path:
     """`path`, or if it is a link what it names, there or not yet there; a rename would replace the link itself.
 
-    Raises `UserError` for a link to a place in a folder that is not there, such as a disk that is not mounted.
+    Raises `UserError` for a link to a place in a folder that is not there, such as a disk that is not mounted, and for
+    a pipe, socket or device, which a file must not replace.
     """
     path = Path(path)
-    if not path.is_symlink():
+    if not path.is_symlink() and (path.is_file() or path.is_dir() or not path.exists()):
         return path
     real = Path(os.path.realpath(path))
+    if real.exists() and not (real.is_file() or real.is_dir()):
+        raise UserError(f"{path} is a pipe, socket or device, expected a file: give another place")
     if real.is_symlink() or not real.parent.is_dir():
         target = "itself" if real.is_symlink() else f"{real.parent}, which is not there"
         raise UserError(f"{path} is a link to {target}: mend the link, or give another place")
@@ -65,6 +68,24 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file, aside first; what is no UTF-8 in file names is written with backslashes."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def named_in_utf8(path: str | Path) -> Iterator[str | Path]:
+    """A file or folder that is there, by a name in UTF-8: safetensors and others written in Rust open no other.
+
+    That is `path` itself, or that of its open descriptor.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+    else:
+        yield path
 
 
 def json_bytes(content: object, indent: int | None = None) -> bytes:
@@ -92,6 +113,12 @@ def portable(path: str | Path, parts: int = 1) -> str:
     if place.is_relative_to(REPOSITORY):
         return place.relative_to(REPOSITORY).as_posix()
     return Path(*[part for part in place.parts if part != place.anchor][-parts:]).as_posix()
+
+
+def portable_argument(word: str) -> str:
+    """A word of a command line, with the absolute path that it is, or ends in after `=`, made portable."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + (portable(value, 2) if Path(value).is_absolute() else value)
 
 
 @contextmanager

@@ -89,6 +89,8 @@ class ImageArchive(ImageSource):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file; expected an .npz of images")
+        if self.path.suffix.lower() not in ("", ".npz") and not zipfile.is_zipfile(self.path):
+            raise UserError(f"{self.path}: no .npz; expected an .npz or .npy of images, or a folder of image files")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.namelist()
@@ -109,9 +111,10 @@ class ImageArchive(ImageSource):
         if self.shape is None and not {"mu", "sigma"} <= self.statistics.keys():
             found = ", ".join(Path(member).stem for member in members[:5]) or "nothing"
             found += f" and {len(members) - 5} more" if len(members) > 5 else ""
+            files = any(member.lower().endswith(IMAGE_SUFFIXES) for member in members)
+            remedy = "unpack it and give the folder" if files else "save the images with np.savez(file, arr_0=images)"
             raise UserError(
-                f"{self.path}: holds no images: expected arr_0 (uint8, N x H x W x 3), found {found}; "
-                "save the images with np.savez(file, arr_0=images)"
+                f"{self.path}: holds no images: expected arr_0 (uint8, N x H x W x 3), found {found}; {remedy}"
             )
 
     def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:

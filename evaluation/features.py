@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import file_sha256
+from common.files import file_sha256, named_in_utf8
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "demo_features.safetensors"
@@ -247,7 +247,8 @@ def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a `.pth`, nothing of which is executed."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with named_in_utf8(path) as name:
+                return load_file(name)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"feature weights {path}: not a readable file of tensors; {expected}") from error
@@ -273,9 +274,9 @@ def _read_dinov2(path: Path) -> DinoFeatures:
 
 def _read_demo(path: Path) -> DemoFeatures:
     try:
-        with safe_open(path, framework="pt") as file:
+        with named_in_utf8(path) as name, safe_open(name, framework="pt") as file:
             config = json.loads(file.metadata()["config"])
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         extractor = DemoFeatures(**config)
         extractor.load_state_dict(state_dict)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import OneLineParser, UserError, tell
-from common.files import portable
+from common.files import portable_argument
 from common.flags import PRECISIONS, number, numbers
 from common.processes import launcher_setting
 from interpolant import PATHS
@@ -139,12 +139,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.name is not None and (options.name in ("", ".", "..") or set(options.name) & set("/\\")):
         raise UserError(f"--name {options.name!r}: give a name without folders; --sample-dir is the folder")
     return options
-
-
-def portable_argument(word: str) -> str:
-    """A word of a command line, with the absolute path that it is, or ends in after `=`, made portable."""
-    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return flag + equals + (portable(value, 2) if Path(value).is_absolute() else value)
 
 
 def tell_of_launcher(precision: str) -> None:

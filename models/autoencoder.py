@@ -9,22 +9,25 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from common.errors import UserError, first_line
-from common.files import REPOSITORY, portable
+from common.files import REPOSITORY, named_in_utf8, portable
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 PIXELS_AT_ONCE = 8 * 512 * 512  # decoding more needs tens of gigabytes with the SD-VAE
-OFF_CENTRE = ("shift_factor", "latents_mean", "latents_std")  # of an affine that more than scales
+# Of an affine that more than scales, and what each is where it does not.
+OFF_CENTRE = {"shift_factor": 0, "latents_mean": 0, "latents_std": 1}
 
 
 def load_vae(
@@ -74,15 +77,17 @@ def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple["Aut
     """The VAE, and which tensors its file lacks or has besides; tensors that it lacks have no memory."""
     from diffusers import AutoencoderKL  # a slow import, needed by no other part of the models
 
-    with _quiet_diffusers():
-        _check_config(AutoencoderKL.load_config(source, local_files_only=local_files_only), source)
-        return AutoencoderKL.from_pretrained(
-            source,
+    with _quiet_diffusers(), named_in_utf8(source) as name:
+        _check_config(AutoencoderKL.load_config(name, local_files_only=local_files_only), source)
+        vae, loading = AutoencoderKL.from_pretrained(
+            name,
             local_files_only=local_files_only,
             torch_dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
         )
+    vae.register_to_config(_name_or_path=source)
+    return vae, loading
 
 
 def _check_config(config: dict[str, Any], source: str) -> None:
@@ -90,7 +95,11 @@ def _check_config(config: dict[str, Any], source: str) -> None:
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise UserError(f"the VAE {source} is of class {kind} by its config.json: give an AutoencoderKL")
-    shifts = [f"{name} {config[name]}" for name in OFF_CENTRE if config.get(name) not in (None, 0)]
+    shifts = [
+        f"{name} {config[name]}"
+        for name, neutral in OFF_CENTRE.items()
+        if config.get(name) is not None and np.any(np.asarray(config[name]) != neutral)
+    ]
     if shifts:
         raise UserError(
             f"the VAE {source} has {', '.join(shifts)}, and only a scaling_factor is supported: its latents would be "
@@ -103,13 +112,15 @@ def _check_config(config: dict[str, Any], source: str) -> None:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without the warnings of diffusers: what they warn of is refused, in one line."""
+    """Without what diffusers and the hub's client print: it is refused, in one line."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(before)
 

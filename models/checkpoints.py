@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import written_aside
+from common.files import named_in_utf8, written_aside
 
 from .deepflow import DeepFlow
 from .imports import infer_config, read_official
@@ -116,7 +116,7 @@ def file_of(path: str | Path) -> Path:
 def read_safetensors(path: Path) -> Checkpoint:
     """A safetensors file; the config is empty if the file carries none."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with named_in_utf8(path) as name, safe_open(name, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, '{"config": {}, "metadata": {}}'))
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         return Checkpoint(dict(header["config"]), weights, dict(header["metadata"]))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.files import named_in_utf8
 
 from .checkpoints import describe_mismatch
 
@@ -234,7 +235,8 @@ def _load_file(vit: "VisionTransformer", file: Path, name: str) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
-        return load_file(file)
+        with named_in_utf8(file) as name:
+            return load_file(name)
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:  # torch's own message advises to trust the file

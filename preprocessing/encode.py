@@ -12,7 +12,7 @@ import torch
 from common.errors import UserError
 from common.files import only_writer
 from common.processes import Processes, joined_processes, progress_bar
-from models.autoencoder import encode_moments, load_vae, weights_sha256
+from models.autoencoder import encode_moments, load_vae, portable_name, weights_sha256
 from preprocessing.images import SourceImages, list_images, tell_passed_over, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
@@ -45,7 +45,7 @@ def encode(
     Raises `UserError` for a source, a VAE or images that do not fit, if `dest` holds something else or is being
     written by another command, and for a full disk; what is written stays, and the same command continues.
     """
-    if Path(vae_name).is_dir():  # the latents, and what is trained on them, are read from other folders too
+    if Path(vae_name).is_dir():  # the latents, and what is trained on them, are read in other working folders too
         vae_name = str(Path(vae_name).resolve())
     with joined_processes() as processes:
         leader = processes.rank == 0  # it alone walks the folders, fetches the VAE and puts the shards together
@@ -86,7 +86,7 @@ def _manifest(
         resolution=resolution,
         latent_shape=(2 * vae.config.latent_channels, resolution // reduction, resolution // reduction),
         dtype=dtype,
-        vae=vae_name,
+        vae=portable_name(vae_name),
         vae_sha256=weights_sha256(vae),
         scaling_factor=vae.config.scaling_factor,
         flip=flip,
@@ -125,6 +125,8 @@ def encode_units(
                 batch = torch.from_numpy(next(read))
                 views = [batch, batch.flip(2)] if job.manifest["flip"] else [batch]
                 values.append(torch.stack([network(view) for view in views], dim=1).cpu().numpy())
+                if not np.isfinite(values[-1]).all():
+                    raise UserError("what the network makes of the images is not finite: its weights are damaged")
                 if job.manifest.get("images"):
                     pixels.append(batch.numpy())
                 bar.update(len(batch))

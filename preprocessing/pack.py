@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import only_writer
+from models.autoencoder import portable_name
 from preprocessing.images import SourceImages, list_images, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
@@ -44,7 +45,7 @@ def pack(
             resolution=latents.manifest["resolution"],
             latent_shape=latents.latent_shape,
             dtype=dtype,
-            vae=vae_name,
+            vae=portable_name(vae_name),
             vae_sha256=None,
             scaling_factor=latents.scaling_factor,
             images=paired is not None,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from common.errors import UserError
 from preprocessing.tar_store import TarStore, is_tar
-from storage.file_store import LABELS, FileStore, read_labels
+from storage.file_store import HIDDEN, LABELS, FileStore, read_labels
 from storage.image_files import IMAGE_SUFFIXES
 
 NO_IMAGE = "no image, by its name"
@@ -42,7 +42,9 @@ def list_stored(store: FileStore | TarStore) -> PictureSource:
     """
     files = store.files()
     label_of, class_names = read_labels(store) if LABELS in files else ({}, [])
-    images = sorted(name for name, why in files.items() if _is_image(name) and (why is None or name in label_of))
+    images = sorted(
+        name for name, why in files.items() if _is_image(name) and (why is None or (why == HIDDEN and name in label_of))
+    )
     if not images:
         raise UserError(_no_images(store, files))
     if LABELS in files:

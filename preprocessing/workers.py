@@ -122,7 +122,10 @@ def _serve(work: Callable[[Item], Result], items: Sequence[Item], numbers: Conne
     """What a worker does: the results of the items whose numbers come, until no more do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _end_with_parent()
+    try:
+        _end_with_parent()
+    except RuntimeError:  # no memory for a thread, of which the parent tells
+        os._exit(1)
     while True:
         try:
             number = int.from_bytes(numbers.recv_bytes(), "little")

@@ -5,17 +5,18 @@ import io
 import json
 import lzma
 import os
+import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from posixpath import normpath
+from posixpath import normpath, splitext
 
 import numpy as np
 
 from common.errors import UserError
-from storage.image_files import read_rgb
+from storage.image_files import IMAGE_SUFFIXES, read_rgb
 
 LABELS = "dataset.json"
 MAX_CLASSES = 2**20  # far above any dataset's; a damaged label would have names made for all below it
@@ -40,6 +41,7 @@ SYSTEM_NAMES = {  # in lower case; what begins with a dot is hidden anyway, such
     "thumbs.db",
 }
 HIDDEN = "a hidden or system file"  # why a file is passed over
+SPECIAL = "a pipe, socket or device"  # reading it might wait for ever
 
 DAMAGE = (  # all that reading a zip raises for bytes that are not what they were, or that it cannot take
     OSError,
@@ -221,16 +223,15 @@ def _kind_of(entry: os.DirEntry, root: Path, name: str, real: str, hidden: bool)
     for a file, or why it is passed over. Raises `UserError` if the system does not say, for what is not hidden."""
     try:
         if not entry.is_symlink():
-            return ("folder" if entry.is_dir() else None), entry.path
+            return ("folder" if entry.is_dir() else None if entry.is_file() else SPECIAL), entry.path
         if hidden:
             return HIDDEN, entry.path
         if not entry.is_dir():
-            entry.stat()
-            return None, entry.path
+            return (None if stat.S_ISREG(entry.stat().st_mode) else SPECIAL), entry.path
     except FileNotFoundError:
-        if not (root / name).suffix and not hidden:  # most likely a class
+        if splitext(name)[1].lower() in ("", ".tar", *IMAGE_SUFFIXES):  # without a suffix most likely a class
             raise UserError(f"{root / name} is a link to nothing: mend it, or remove it") from None
-        return None, entry.path
+        return "a link to nothing", entry.path
     except OSError as error:
         if not hidden and error.errno != errno.ELOOP:
             raise _unreadable(root / name, error) from error
@@ -265,7 +266,8 @@ def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{place}: expected {{"labels": [["a/b.png", 3], ...]}}, got {error!r}') from error
+        got = f"{type(error).__name__}: {error}"
+        raise UserError(f'{place}: expected {{"labels": [["a/b.png", 3], ...]}}, got {got}') from error
     for name, label in label_of.items():
         if type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise UserError(f"{place}: label {label!r} of {name}, expected an integer from 0, below {MAX_CLASSES}")
@@ -282,6 +284,9 @@ def _listed_name(store: FileStore, name: str) -> str:
 
 
 def _remedy_of_missing_labels(store: FileStore) -> str:
+    kinds = {splitext(name)[1].lower() for name in store.names()} if not store.path.is_dir() else set()
+    if kinds & set(IMAGE_SUFFIXES) and ".npy" not in kinds:
+        return "it holds images: encode them first, with python -m preprocessing.dataset_tools encode"
     if store.path.is_dir():
         inner = next((place.parent for place in sorted(store.path.glob(f"*/{LABELS}"))), None)
         return f"give {inner}" if inner else "give the folder that holds it beside the files it lists"

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -490,7 +491,9 @@ def test_command_writes_table_and_json(rng, tmp_path, monkeypatch, capsys):
     assert len(result["samples"]["sha256"]) == 64
     assert result["features"] == {"name": "inception", "weights_sha256": "none"}
     assert result["versions"]["torch"]
-    assert result["recipe"] is None and str(tmp_path / "s.npz") in result["command"]
+    assert result["recipe"] is None and "/s.npz --json" in result["command"]
+    assert result["samples"]["file"] == f"{tmp_path.name}/s.npz"
+    assert str(tmp_path) not in (tmp_path / "out.json").read_text()  # it is shared with the numbers
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "r.npz", "s.npz"]  # nothing left aside
 
 
@@ -752,3 +755,13 @@ def test_the_recipe_of_a_folder_of_samples_travels_with_the_number(rng, tmp_path
     assert json.loads((tmp_path / "m.json").read_text())["recipe"] == {"classes": "balanced"}
     code, _, err = run(monkeypatch, capsys, *pair, "--json", tmp_path / "run-cfg1.5.json")
     assert code == 2 and "there generate.py tells" in err
+
+
+def test_files_of_images_that_are_no_folder_say_what_to_give(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "cat/a.png")
+    with pytest.raises(UserError, match="holds no images: .* unpack it and give the folder"):
+        open_images(tmp_path / "a.zip")
+    with pytest.raises(UserError, match=r"a\.png: no \.npz; expected an \.npz or \.npy of images, or a folder"):
+        open_images(tmp_path / "a.png")

@@ -19,10 +19,12 @@ from training.ema import EMA
 from training.options import parse_options
 from training.run_state import saved_steps
 
-RUNS = int(os.environ.get("DEEPFLOW_KILLED_RUNS", "3"))
+RUNS = int(os.environ.get("DEEPFLOW_KILLED_RUNS", "2"))
 # Processes with the modules loaded, forked from one that has never trained: other tests may leave autograd threads.
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["train"])
+FRESH.set_forkserver_preload(
+    ["train", "matplotlib.pyplot", "PIL.Image", "pytest", "safetensors.torch", "torch._dynamo"]
+)
 EVERY = 3  # steps between checkpoints
 
 

@@ -288,6 +288,37 @@ def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path):
         list_pictures(source)
 
 
+def test_images_that_are_links_to_nothing_are_named(tmp_path):
+    source = write(tmp_path / "s", IMAGES)
+    (source / "dog" / "7.png").symlink_to("gone.png")
+    with pytest.raises(UserError, match=r"s/dog/7\.png is a link to nothing: mend it, or remove it"):
+        list_images(source)
+
+
+def test_pipes_and_devices_are_no_images_and_are_counted(tmp_path):
+    """Reading them would wait for ever, also where `dataset.json` lists them."""
+    source = write(tmp_path / "s", IMAGES)
+    os.mkfifo(source / "cat" / "pipe.png")
+    (source / "dog" / "link.png").symlink_to("../cat/pipe.png")
+    (source / "dog" / "zero.png").symlink_to("/dev/zero")
+    report = convert(source, tmp_path / "out", 16, num_workers=0)
+    assert report["converted"] == 4 and set(report["left_out"].values()) == {"a pipe, socket or device"}
+    assert report["left_out"].keys() == {"cat/pipe.png", "dog/link.png", "dog/zero.png"}
+    (source / "dataset.json").write_text(json.dumps({"labels": [[name, 0] for name in (*IMAGES, "cat/pipe.png")]}))
+    with pytest.raises(UserError, match=r"lists a missing image, cat/pipe\.png"):
+        list_images(source)
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "s", IMAGES)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.npz").symlink_to("pipe")
+    for dest in (tmp_path / "pipe", tmp_path / "link.npz"):
+        assert run_main(monkeypatch, "stats", "--source", source, "--dest", dest) == 2
+        assert f"{dest} is a pipe, socket or device, expected a file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+
+
 # ---- one decoder
 
 
@@ -400,6 +431,35 @@ def test_names_that_are_no_utf8_are_printed_by_the_program_itself(tmp_path):
     assert b"caf\\udce9/1.txt: no image, by its name" in done.stdout and b"Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the file system takes UTF-8 only")
+def test_weights_may_lie_in_a_folder_whose_name_is_no_utf8(tmp_path, vae_folder):
+    """safetensors itself opens none."""
+    from evaluation.features import DEMO_WEIGHTS, load_extractor
+    from models import DeepFlow, checkpoints
+    from models.autoencoder import load_vae, weights_sha256
+    from models.ssl_encoders import _read
+
+    place = tmp_path / LATIN
+    shutil.copytree(vae_folder, place)
+    vae = load_vae(place)
+    assert weights_sha256(vae) == weights_sha256(load_vae(vae_folder)) and vae.config._name_or_path == str(place)
+    config = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=3)
+    model = DeepFlow(**config, df_idxs=[1])
+    checkpoints.save(place / "ema.safetensors", model.state_dict(), model.config, {"step": 1})
+    assert checkpoints.read(place).metadata == {"step": 1}
+    assert _read(place / "ema.safetensors").keys() == model.state_dict().keys()
+    shutil.copy(DEMO_WEIGHTS, place / "demo.safetensors")
+    assert load_extractor("demo", place / "demo.safetensors").name == "demo"
+
+
+def test_labels_that_are_no_utf8_are_told_shortly(tmp_path):
+    names = [[f"{LATIN}{index}.png", 0] for index in range(1000)]
+    content = json.dumps({"labels": names}, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    with pytest.raises(UserError, match="UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9") as told:
+        list_images(write(tmp_path, {"dataset.json": content, "a.png": png()}))
+    assert len(str(told.value)) < 400
+
+
 def test_names_that_are_utf8_are_written_as_ever(tmp_path, vae_folder):
     source = write(tmp_path / "s", {"café/0.png": png(), "犬/0.png": png()})
     encode(source, tmp_path / "packed", vae_folder, num_workers=0)
@@ -436,6 +496,11 @@ def test_a_zip_of_one_folder_is_read_as_that_folder(tmp_path, top):
     verify(source)
     pack(source, tmp_path / "packed", num_workers=1)
     assert PackedLatents(tmp_path / "packed").names == plain.names
+
+
+def test_a_zip_of_images_in_place_of_latents_says_so(tmp_path):
+    with pytest.raises(UserError, match="it holds images: encode them first"):
+        open_latents(zipped(tmp_path / "a.zip", IMAGES))
 
 
 def test_images_in_a_folder_at_the_top_of_their_zip_are_paired(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,30 @@ def test_a_vae_that_does_not_fit_is_one_line(whole, tmp_path, capsys, name):
 def test_a_shift_of_nothing_is_none(whole, tmp_path):
     latent_space.load_vae(spoilt(whole, tmp_path / "a", shift_factor=None, latents_mean=None, latents_std=None))
     latent_space.load_vae(spoilt(whole, tmp_path / "b", shift_factor=0.0))
+    latent_space.load_vae(spoilt(whole, tmp_path / "c", latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
+
+
+def test_a_vae_whose_weights_are_not_finite_makes_no_dataset(whole, tmp_path, monkeypatch, capsys):
+    nan = spoilt(whole, tmp_path / "nan", lambda w: {**w, "quant_conv.bias": w["quant_conv.bias"] * torch.nan})
+    source = make_images(tmp_path / "images")
+    assert run_main(monkeypatch, "encode", "--source", source, "--dest", tmp_path / "out", "--vae", nan) == 2
+    assert "is not finite: its weights are damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_weights_of_an_executable_kind_are_one_line(whole, tmp_path, capfd):
+    folder = spoilt(whole, tmp_path / "bin")
+    (tmp_path / "bin" / WEIGHTS).rename(tmp_path / "bin" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="no file named diffusion_pytorch_model.safetensors"):
+        latent_space.load_vae(folder)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_dataset_names_no_place_on_the_machine(whole, tmp_path, monkeypatch):
+    source = make_images(tmp_path / "images")
+    assert run_main(monkeypatch, "encode", "--source", source, "--dest", tmp_path / "out", "--vae", whole) == 0
+    text = (tmp_path / "out" / "dataset.json").read_text()
+    assert json.loads(text)["vae"] == "vae" and str(Path(whole).parent) not in text
 
 
 @pytest.mark.parametrize("name", ["missing", "shifted"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from preprocessing import workers
 from preprocessing.workers import worker_results
 
 
@@ -101,6 +102,16 @@ def test_a_worker_that_cannot_be_started_is_one_line(monkeypatch):
     monkeypatch.setattr(os, "fork", fork)
     with pytest.raises(UserError, match=r"cannot start a worker .Resource temporarily.*: give fewer --num-workers"):
         results({})
+
+
+def test_a_worker_without_memory_for_a_thread_is_one_line(monkeypatch, capfd):
+    def fail():
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(workers, "_end_with_parent", fail)
+    with pytest.raises(UserError, match="a worker stopped .exit code 1.: .* if memory was short"):
+        results({})
+    assert capfd.readouterr().err == ""
 
 
 def test_no_worker_outlives_the_work():
