@@ -63,8 +63,13 @@ class DeviceLatents:
         """As `PackedLatents.gather`, as tensors on the device."""
         indices = checked_indices(indices, len(self))
         rows = indices if mirrored is None else indices + len(self) * mirrored
-        rows, indices = (torch.from_numpy(array).to(self._labels.device) for array in (rows, indices))
+        rows, indices = (self._moved(array) for array in (rows, indices))
         return self._moments[rows], self._labels[indices]
+
+    def _moved(self, indices: np.ndarray) -> torch.Tensor:
+        """On the device. A GPU does not make the host wait for what is copied from pinned memory."""
+        tensor, device = torch.from_numpy(indices), self._labels.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     def gather_images(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
         """As `PackedLatents.gather_images`: read from where they are."""

@@ -23,42 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 
-# Paths and names that the docs describe and that the moves of issue 11 have still to bring. A stale entry fails.
-MOVING = [
-    "common/",
-    "common/errors.py",
-    "common/errors.py: UserError",
-    "common/files.py",
-    "common/flags.py",
-    "common/processes.py",
-    "evaluation/metrics.py: METRICS",
-    "generation/checkpoint.py",
-    "generation/conditions.py",
-    "generation/images.py",
-    "generation/images.py: images_per_block",
-    "loss.py: LossTerms.named",
-    "models/autoencoder.py",
-    "models/autoencoder.py: output_to_pixels",
-    "models/autoencoder.py: sample_latents",
-    "models/config.py",
-    "models/imports.py",
-    "samplers.py: SAMPLERS",
-    "storage/",
-    "storage/features.py",
-    "storage/file_store.py",
-    "storage/official.py",
-    "storage/packed.py",
-    "storage/packed.py: MappedRows",
-    "training/build.py",
-    "training/optimizer.py",
-    "training/plots.py",
-    "training/records.py",
-    "training/run_state.py",
-    "training/step.py",
-    "training/step.py: TrainingStep",
-    "training/trackers.py",
-]
-
 COMMANDS = dataset_tools.build_parser()._subparsers._group_actions[0].choices
 PARSERS = {
     "train.py": train_options.build_parser(),
@@ -184,20 +148,9 @@ def is_there(path, name):
 def test_files_and_names_exist(page):
     found = list(references(page))
     gone = [f"{path}: {name}" if name else path for path, name in found if not is_there(path, name)]
-    gone = [entry for entry in gone if entry not in MOVING]
     # A bare file name stands for a file of the folder that the sentence speaks of, or of a run, a user's folder.
     gone = [entry for entry in gone if "/" in entry or ":" in entry or entry.endswith((".py", ".sh"))]
     assert gone == []
-
-
-def test_nothing_on_the_list_has_moved_already():
-    stale = [entry for entry in MOVING if is_there(*(entry.split(": ") if ": " in entry else (entry, None)))]
-    assert stale == [], "these are there now: take them off MOVING"
-
-
-def test_the_list_names_only_what_the_docs_do():
-    named = {f"{path}: {name}" if name else path for page in PAGES for path, name in references(page)}
-    assert set(MOVING) <= named
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -241,7 +194,7 @@ def test_commands_run_what_is_there_with_flags_that_it_has(page):
         program, arguments = program_of(words)
         if program is None:
             continue
-        assert (ROOT / program).is_file() or program in MOVING, line
+        assert (ROOT / program).is_file(), line
         parser = parser_of(program, arguments)
         if parser is None:
             continue

@@ -21,8 +21,6 @@ ORDER = [
     "Citation",
     "Licence",
 ]
-# What comes and goes with the moves of issue 11; a stale entry fails.
-MOVING = {"common", "storage"}
 
 
 def test_it_is_short_and_in_order():
@@ -36,18 +34,11 @@ def tree():
 
 
 def test_the_tree_is_the_repository():
-    """Every folder and program of the top level, and no others; before the moves, their modules besides."""
+    """Every folder and program of the top level, and no others."""
     folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))]
     there = {path.name for path in folders if path.name in ("assets", "docs") or any(path.glob("*.py"))}
     there |= {path.name for path in ROOT.glob("*.py")}
-    moved = (
-        {"errors.py", "files.py", "flags.py", "processes.py", "file_layout.py", "ssl_features.py"} if MOVING else set()
-    )
-    assert tree() - MOVING == there - moved
-
-
-def test_nothing_on_the_list_has_moved_already():
-    assert [name for name in MOVING if (ROOT / name).exists()] == [], "these are there now: take them off MOVING"
+    assert tree() == there
 
 
 def test_every_page_of_docs_is_linked():
