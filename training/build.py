@@ -2,11 +2,13 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
 from common.flags import PRECISIONS
@@ -28,10 +30,9 @@ class Models(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def build_models(
-    options: argparse.Namespace, plan: Plan, saved: run_state.TrainingState | None, device: torch.device
-) -> Models:
+def build_models(plan: Plan, saved: run_state.TrainingState | None, device: torch.device) -> Models:
     """Network, averages and optimizer on all processes, as initialised or as `saved`."""
+    options = plan.options
     torch.manual_seed(options.seed)  # the initial weights are the only use of the global generator
     network = build_network(options, plan.data, plan.features)
     network.checkpoint_activations = options.activation_checkpointing
@@ -89,12 +90,13 @@ def build_loss_scale(precision: str) -> guard.LossScale:
     return guard.LossScale(dynamic=precision == "fp16")
 
 
-def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialState) -> list[nn.Module]:
-    """The SSL encoders that look at the images, none where their features are at hand.
+def load_encoders(plan: Plan, processes: PartialState) -> list[nn.Module]:
+    """The SSL encoders of images; none without alignment, or where packed features take their place.
 
     Raises:
-        UserError: if their weights cannot be had.
+        UserError: if their weights cannot be loaded.
     """
+    options = plan.options
     if not options.ssl_align or plan.features:
         return []
     dtype = PRECISIONS[options.mixed_precision]
@@ -111,16 +113,19 @@ def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialSta
     return encoders
 
 
-def load_previews(
-    options: argparse.Namespace, plan: Plan, processes: PartialState
-) -> Callable[..., dict[str, float]] | None:
-    """What draws the previews, None where none are wanted.
+def attention_kernels(options: argparse.Namespace) -> AbstractContextManager:
+    """Which kernels attention may use: any, or without `--fused-attn` only the softmax written out."""
+    return nullcontext() if options.fused_attn else sdpa_kernel([SDPBackend.MATH])
+
+
+def load_previews(plan: Plan, processes: PartialState) -> Callable[..., dict[str, float]] | None:
+    """The function that writes previews; None without `--preview-every`.
 
     Raises:
-        UserError: if their autoencoder or reference cannot be had.
+        UserError: if their autoencoder or reference cannot be loaded.
     """
-    if not options.preview_every:
+    if not plan.options.preview_every:
         return None
     from training.previews import Previews  # brings a VAE and a feature network: slow to import, seldom wanted
 
-    return Previews(options, plan.data, processes.device, processes.process_index, processes.num_processes)
+    return Previews(plan.options, plan.data, processes.device, processes.process_index, processes.num_processes)

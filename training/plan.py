@@ -27,7 +27,7 @@ from models.presets import model_config
 from models.ssl_encoders import RANDOM, encoder_width, require_weights
 from storage.features import PackedFeatures
 from training import run_state
-from training.options import EXPERIMENT, resolve_precision
+from training.options import EXPERIMENT, ResolvedOptions, resolve_precision
 from training.parallel import is_sharded
 from training.records import code_commit
 
@@ -57,6 +57,7 @@ PEAK_FLOPS = {
 class Plan:
     """A run as resolved from options, data and what an earlier run of the same name left."""
 
+    options: ResolvedOptions
     run: Path
     data: LatentData | None  # None only in a dry run whose data is missing
     missing: str | None  # then, the line that says so
@@ -78,13 +79,15 @@ class Work(NamedTuple):
 
 
 def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> Plan:
-    """Check everything without writing anything, and fill in what was left to the device or the data.
+    """Check everything without writing anything, and resolve the options that depend on the device or the data.
+
+    `options` stays as it is; the plan has the resolved ones.
 
     Raises:
         UserError: for every contradiction, naming both values and the flag to change.
     """
-    resolve_precision(options, device.type)
-    if options.mixed_precision == "fp16" and device.type == "cpu":
+    precision = resolve_precision(options.mixed_precision, device.type)
+    if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU and this run is on the CPU: choose bf16 or no")
     if options.compile and not options.dry_run:
         require_compiler(device)
@@ -106,15 +109,10 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         if not options.dry_run:
             raise
         missing = str(error)
-    found = ASSUMED if data is None else {"resolution": data.manifest["resolution"], "num_classes": data.num_classes}
-    for name, value in found.items():
-        given = getattr(options, name)
-        if data is not None and given not in (None, value):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {given} given, but the dataset {data.path} has {value}: change or drop {flag}")
-        setattr(options, name, value if given is None else given)
-
+    resolved = {"mixed_precision": precision, **resolve_data_options(options, data)}
     features = open_features(options, data)
+    resolved["enc_type"] = [packed.encoder for packed in features] or options.enc_type
+    options = ResolvedOptions({**vars(options), **resolved})
     with torch.device("meta"):  # checks the architecture and counts its parameters without taking memory
         network = build_network(options, data, features)
     for packed in features if data is not None else ():
@@ -128,6 +126,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
     experiment = {name: getattr(options, name) for name in EXPERIMENT}
     run = Path(options.output_dir) / options.exp_name
     return Plan(
+        options=options,
         run=run,
         data=data,
         missing=missing,
@@ -142,8 +141,25 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
     )
 
 
+def resolve_data_options(options: argparse.Namespace, data: LatentData | None) -> dict[str, int]:
+    """Resolution and number of classes, from the data; in a dry run without data, from the options or ImageNet's.
+
+    Raises:
+        UserError: for an option that is not the data's value.
+    """
+    if data is None:
+        given = {name: getattr(options, name) for name in ASSUMED}
+        return {name: value if given[name] is None else given[name] for name, value in ASSUMED.items()}
+    found = {"resolution": data.manifest["resolution"], "num_classes": data.num_classes}
+    for name, value in found.items():
+        if (given := getattr(options, name)) not in (None, value):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {given} given, but the dataset {data.path} has {value}: change or drop {flag}")
+    return found
+
+
 def open_features(options: argparse.Namespace, data: LatentData | None) -> list[PackedFeatures]:
-    """The packed features to align with, none where encoders look at the images; fills in the names of the encoders.
+    """The packed features to align with, none where encoders look at the images.
 
     Raises:
         UserError: for features of other encoders than are named, and for images or weights files that are not there.
@@ -153,7 +169,6 @@ def open_features(options: argparse.Namespace, data: LatentData | None) -> list[
         encoders = [packed.encoder for packed in features]
         if options.enc_type not in (None, encoders):
             raise UserError(f"--enc-type {options.enc_type}, but --ssl-features are of {encoders}: drop --enc-type")
-        options.enc_type = encoders
         return features
     for file in options.enc_weights or []:
         require_weights(file)
@@ -209,9 +224,9 @@ def build_network(options: argparse.Namespace, data: LatentData | None, features
     )
 
 
-def measure(plan: Plan, options: argparse.Namespace) -> Work:
+def measure(plan: Plan) -> Work:
     """Count what a forward computes and what it keeps, on tensors without memory."""
-    count = 2
+    count, options = 2, plan.options
     with torch.device("meta"):
         network = DeepFlow(**plan.config).train()
         network.checkpoint_activations = options.activation_checkpointing
@@ -248,8 +263,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def describe_model(options: argparse.Namespace, data: LatentData, step: int) -> dict[str, Any]:
-    """What travels with the weights besides the architecture: what sampling needs to know, and how they were made."""
+def describe_model(plan: Plan, step: int) -> dict[str, Any]:
+    """The metadata saved with the weights besides the architecture: what sampling needs, and how they were trained."""
+    options, data = plan.options, plan.data
     return {
         "model": options.model,
         "step": step,
@@ -271,8 +287,9 @@ def describe_model(options: argparse.Namespace, data: LatentData, step: int) -> 
     }
 
 
-def describe(plan: Plan, options: argparse.Namespace, work: Work, world: int, device: torch.device, step: int) -> str:
-    """The resolved run, for people."""
+def describe(plan: Plan, work: Work, world: int, device: torch.device, step: int) -> str:
+    """The resolved run, as text for the user."""
+    options = plan.options
     origin = f", from {plan.resume_from}" if plan.resume_from else ""
     data = "missing, ImageNet's training set assumed" if plan.data is None else plan.data.path
     averages = len(options.ema_decay) + len(options.ema_std)

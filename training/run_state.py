@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from common.errors import UserError
 from models import checkpoints
 
 FOLDER = re.compile(r"step-(\d{7,})")
-# What reading files that are not what they were raises; the readers' own UserError is a ValueError.
+# The errors that reading damaged files raises; the readers' own UserError is a ValueError.
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
 
 
@@ -126,7 +127,7 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
     Raises:
         UserError: if it belongs to another experiment, naming option and both values, or is damaged.
     """
-    with telling_damage(folder):
+    with damage_as_user_error(folder):
         summary = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         had = {name: summary["experiment"].get(name) for name in experiment}
     for name, given in experiment.items():
@@ -135,7 +136,7 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
                 f"{folder} was made with {name} {had[name]}, now it is {given}: restore it, or choose another "
                 "--exp-name"
             )
-    with telling_damage(folder):
+    with damage_as_user_error(folder):
         return TrainingState(
             step=summary["step"],
             experiment=summary["experiment"],
@@ -148,9 +149,24 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
         )
 
 
+def common_step(saved: TrainingState | None, run: Path) -> int:
+    """The step that all processes resume from, 0 without a checkpoint. Every process has to call it.
+
+    Raises:
+        UserError: if the processes found different checkpoints.
+    """
+    step = saved.step if saved else 0
+    if len(steps := set(gather_object([step]))) > 1:
+        raise UserError(
+            f"the processes found different checkpoints of {run}, of steps {', '.join(map(str, sorted(steps)))}: "
+            "give an --output-dir on a disk that all machines see"
+        )
+    return step
+
+
 @contextmanager
-def telling_damage(folder: Path) -> Iterator[None]:
-    """Around the reading of a checkpoint: a `UserError` for whatever files that are not what they were raise."""
+def damage_as_user_error(folder: Path) -> Iterator[None]:
+    """Around the reading of a checkpoint: any error that damaged files cause becomes a `UserError`."""
     try:
         yield
     except DAMAGE as error:
