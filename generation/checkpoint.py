@@ -9,14 +9,10 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.sd_vae import SD_VAE
 from generation.options import Settings
 from models import checkpoints
-from models.autoencoder import (
-    SD_VAE,
-    load_recorded_vae,
-    load_vae,
-    weights_sha256,
-)
+from models.autoencoder import load_recorded_vae, load_vae, weights_sha256
 from models.presets import NAME, model_config
 from samplers import SAMPLERS
 

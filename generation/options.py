@@ -141,8 +141,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def tell_of_launcher(precision: str) -> None:
-    """One line if `accelerate launch` was told of another precision, which does not change images unasked."""
+def note_launcher_precision(precision: str) -> None:
+    """Print a line if `accelerate launch` names another precision, which has no effect on samples."""
     launcher = launcher_setting("mixed_precision") or "no"
     if launcher not in ("no", precision):
         tell(f"note: accelerate launch says mixed_precision {launcher}, but --precision {precision} counts here")

@@ -29,7 +29,7 @@ READ_AT_ONCE = 1 << 24  # bytes
 
 
 class SampleFile:
-    """The file of samples that is to be, or is, at `npz`. Opens nothing before it is asked to.
+    """The file of samples at `npz`, unfinished or finished. No file is opened before a method needs it.
 
     Args:
         npz: the file when it is complete.
@@ -47,8 +47,8 @@ class SampleFile:
         self.end = self.offset + self.shape[0] * self.image_bytes  # of the last
         self._path, self._file = self.part, None
 
-    def begun(self) -> dict[str, Any] | None:
-        """What an unfinished file of this name was begun as: the record `begin` was given; None if there is no such."""
+    def unfinished_record(self) -> dict[str, Any] | None:
+        """The record that `begin` got for the unfinished file of this name; None if there is no such file."""
         try:
             record = json.loads(self._read_progress()[0])
         except (OSError, ValueError):

@@ -20,11 +20,11 @@ import torch
 
 from common.errors import UserError, first_line
 from common.files import REPOSITORY, named_in_utf8, portable
+from common.sd_vae import SD_VAE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-SD_VAE = "stabilityai/sd-vae-ft-ema"
 PIXELS_AT_ONCE = 8 * 512 * 512  # decoding more needs tens of gigabytes with the SD-VAE
 # Of an affine that more than scales, and what each is where it does not.
 OFF_CENTRE = {"shift_factor": 0, "latents_mean": 0, "latents_std": 1}
@@ -194,6 +194,11 @@ def check_channels(vae: "AutoencoderKL", channels: int, whose: str) -> None:
         )
 
 
+def reduction(vae: "AutoencoderKL") -> int:
+    """Pixels per latent pixel along each side: every level of the VAE but the last halves the image."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def weights_sha256(vae: "AutoencoderKL") -> str:
     """Checksum of a VAE's float32 weights: tells VAEs apart whatever path they were loaded from."""
     sha256 = hashlib.sha256()
@@ -231,7 +236,7 @@ def encode_moments(vae: "AutoencoderKL", images: torch.Tensor) -> torch.Tensor:
     The std is exp(logvar / 2) with diffusers' own clamp of logvar. H and W must be multiples of f.
     """
     height, width = images.shape[1:3] if images.shape[-1] == 3 else images.shape[2:4]
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = reduction(vae)
     if height % factor or width % factor:
         raise UserError(f"images of {height} x {width} px: the VAE needs sides that are multiples of {factor}")
     inputs = pixels_to_input(images.to(vae.device)).to(vae.dtype)
@@ -252,6 +257,6 @@ def decode(vae: "AutoencoderKL", latents: torch.Tensor) -> torch.Tensor:
     Decodes a few images at a time, so that memory does not grow with N.
     """
     latents = (latents.to(vae.device).float() / vae.config.scaling_factor).to(vae.dtype)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = reduction(vae)
     at_once = max(1, PIXELS_AT_ONCE // (factor * factor * latents.shape[-2] * latents.shape[-1]))
     return torch.cat([output_to_pixels(vae.decode(part).sample) for part in latents.split(at_once)])

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .presets import SIZES, equal_branches
+from .presets import REPA_DEPTH, SIZES, equal_branches
 
-REPA_DEPTH = 8  # blocks after which REPA aligns
 HEADS_OF_WIDTH = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 
 

@@ -16,6 +16,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "L": dict(hidden_size=1024, num_heads=16, sit_depth=24, deepflow_depth=24, branches=2, projector_dim=2048),
     "XL": dict(hidden_size=1152, num_heads=16, sit_depth=28, deepflow_depth=24, branches=3, projector_dim=2048),
 }
+REPA_DEPTH = 8  # the block after which REPA aligns a SiT
 NAME = re.compile(r"(?P<kind>DeepFlow|SiT)-(?P<size>[A-Za-z]+)/2(?:-(?P<branches>\d+)T)?")
 
 

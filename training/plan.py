@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.errors import UserError
 from common.files import file_sha256
 from common.processes import require_compiler
+from common.sd_vae import SD_CHANNELS, SD_REDUCTION
 from dataset import LatentData, open_latents
 from models import DeepFlow, create_model
 from models.autoencoder import portable_name
 from models.config import Architecture
-from models.presets import model_config
+from models.presets import REPA_DEPTH, model_config
 from models.ssl_encoders import RANDOM, encoder_width, require_weights
 from storage.features import PackedFeatures
 from training import run_state
@@ -34,8 +35,6 @@ from training.records import code_commit
 # What a dry run assumes where there is no data yet: ImageNet's training set in the SD-VAE's latents.
 ASSUMED = {"resolution": 256, "num_classes": 1000}
 ASSUMED_IMAGES = 1_281_167
-SD_REDUCTION, SD_CHANNELS = 8, 4
-REPA_DEPTH = 8  # where REPA aligns a SiT
 
 # Dense fp16 or bf16 operations a second, by a part of the device's name, the more specific ones first.
 PEAK_FLOPS = {
