@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,10 +30,7 @@ from generation.pictures import save_grid, save_pngs
 from generation.record import describe_machine, describe_sources, read_record, require_same
 from generation.sample_file import SampleFile
 from models import DeepFlow, checkpoints
-from models.autoencoder import check_channels, decode, portable_name, reduction
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+from models.autoencoder import Autoencoder, check_channels, decode, portable_name, reduction
 
 
 class Job(NamedTuple):
@@ -42,7 +39,7 @@ class Job(NamedTuple):
     checkpoint: checkpoints.Checkpoint
     guide: checkpoints.Checkpoint | None  # of autoguidance
     settings: Settings
-    vae: "AutoencoderKL"
+    vae: Autoencoder
     labels: np.ndarray  # of all images, to the end of the last block
     side: int  # of the images, pixels
     block_size: int

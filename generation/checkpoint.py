@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +12,16 @@ from common.errors import UserError
 from common.sd_vae import SD_VAE
 from generation.options import Settings
 from models import checkpoints
-from models.autoencoder import load_recorded_vae, load_vae, weights_sha256
+from models.autoencoder import Autoencoder, load_recorded_vae, load_vae, weights_sha256
 from models.presets import NAME, model_config
 from samplers import SAMPLERS
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 VAES = {"ema": SD_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # the official names of --vae
 
 
 def load_matching_vae(
     options: argparse.Namespace, metadata: dict[str, Any], device: torch.device
-) -> "tuple[AutoencoderKL, str]":
+) -> tuple[Autoencoder, str]:
     """The VAE that the flags, else the checkpoint, name, and the SHA-256 of its weights.
 
     Raises:

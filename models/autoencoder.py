@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -22,17 +22,40 @@ from common.errors import UserError, first_line
 from common.files import REPOSITORY, named_in_utf8, portable
 from common.sd_vae import SD_VAE
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 PIXELS_AT_ONCE = 8 * 512 * 512  # decoding more needs tens of gigabytes with the SD-VAE
 # Of an affine that more than scales, and what each is where it does not.
 OFF_CENTRE = {"shift_factor": 0, "latents_mean": 0, "latents_std": 1}
 
 
+class Autoencoder(Protocol):
+    """What the project uses of a VAE; diffusers' `AutoencoderKL` has it, and is a `torch.nn.Module`."""
+
+    config: Any  # scaling_factor, latent_channels, block_out_channels, _name_or_path
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode(self, images: torch.Tensor, /) -> Any:
+        """`.latent_dist` of images (N, 3, H, W) in [-1, 1], with `.mean` and `.std`."""
+
+    def decode(self, latents: torch.Tensor, /) -> Any:
+        """`.sample`, images (N, 3, H, W) in [-1, 1] of latents (N, C, h, w) before scaling."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Its weights."""
+
+    def to(self, device: str | torch.device, /) -> "Autoencoder":
+        """Itself, on a device."""
+
+    def eval(self) -> "Autoencoder":
+        """Itself, in evaluation mode."""
+
+    def requires_grad_(self, required: bool, /) -> "Autoencoder":
+        """Itself, frozen or not."""
+
+
 def load_vae(
     name_or_path: str | Path = SD_VAE, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> "AutoencoderKL":
+) -> Autoencoder:
     """The VAE, frozen and in eval mode, from a local folder or by its hub name.
 
     A folder holds `config.json` and `diffusion_pytorch_model.safetensors` (what `save_pretrained` writes). A
@@ -73,7 +96,7 @@ def load_vae(
     return vae.to(device).eval().requires_grad_(False)
 
 
-def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple["AutoencoderKL", dict[str, Any]]:
+def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple[Autoencoder, dict[str, Any]]:
     """The VAE, and which tensors its file lacks or has besides; tensors that it lacks have no memory."""
     from diffusers import AutoencoderKL  # a slow import, needed by no other part of the models
 
@@ -87,7 +110,7 @@ def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple["Aut
             output_loading_info=True,
         )
     vae.register_to_config(_name_or_path=source)
-    return vae, loading
+    return cast(Autoencoder, vae), loading
 
 
 def _check_config(config: dict[str, Any], source: str) -> None:
@@ -135,7 +158,7 @@ def portable_name(name: str) -> str:
     return f"{cached[1]}/{cached[2]}" if cached else portable(name)
 
 
-def load_recorded_vae(name: str, sha256: str | None, device: str | torch.device, flag: str) -> "AutoencoderKL":
+def load_recorded_vae(name: str, sha256: str | None, device: str | torch.device, flag: str) -> Autoencoder:
     """The VAE that a dataset or checkpoint names, found by the checksum of its weights where the name does not help.
 
     A name is looked up in the working folder, then in the repository, then as a hub name; a checksum among the VAEs in
@@ -145,7 +168,7 @@ def load_recorded_vae(name: str, sha256: str | None, device: str | torch.device,
         UserError: if there is no VAE of that name either, naming the `flag` to give one by.
     """
     here = [str(place) for place in (name, REPOSITORY / name) if Path(place).is_dir()]
-    named = mistake = None
+    named, mistake = None, None
     try:
         named = load_vae(here[0] if here else name, device)
     except UserError as error:
@@ -154,12 +177,13 @@ def load_recorded_vae(name: str, sha256: str | None, device: str | torch.device,
         for folder in _folders_of_vaes():
             try:
                 vae = load_vae(folder)
-            except UserError:  # this one is of no use, but was not asked for either
+            except UserError:  # a damaged one, which the user did not name
                 continue
             if weights_sha256(vae) == sha256:
                 return vae.to(device)
-    if mistake is None:
+    if named is not None:
         return named
+    assert mistake is not None
     if here or sha256 is None:
         raise mistake
     raise UserError(
@@ -184,7 +208,7 @@ def _folders_of_vaes() -> Iterable[Path]:
                 yield folder
 
 
-def check_channels(vae: "AutoencoderKL", channels: int, whose: str) -> None:
+def check_channels(vae: Autoencoder, channels: int, whose: str) -> None:
     """Raise `UserError` unless the VAE decodes latents of so many channels; `whose` they are is for the message."""
     if vae.config.latent_channels != channels:
         raise UserError(
@@ -194,12 +218,12 @@ def check_channels(vae: "AutoencoderKL", channels: int, whose: str) -> None:
         )
 
 
-def reduction(vae: "AutoencoderKL") -> int:
+def reduction(vae: Autoencoder) -> int:
     """Pixels per latent pixel along each side: every level of the VAE but the last halves the image."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def weights_sha256(vae: "AutoencoderKL") -> str:
+def weights_sha256(vae: Autoencoder) -> str:
     """Checksum of a VAE's float32 weights: tells VAEs apart whatever path they were loaded from."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
@@ -230,7 +254,7 @@ def output_to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_moments(vae: "AutoencoderKL", images: torch.Tensor) -> torch.Tensor:
+def encode_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     """Moments of uint8 images: float32 (N, 2C, H/f, W/f), mean and std stacked, on the VAE's device.
 
     The std is exp(logvar / 2) with diffusers' own clamp of logvar. H and W must be multiples of f.
@@ -251,7 +275,7 @@ def sample_latents(moments: torch.Tensor, scaling_factor: float, noise: torch.Te
 
 
 @torch.no_grad()
-def decode(vae: "AutoencoderKL", latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
     """Latents (N, C, h, w), scaled as `sample_latents` returns them, to uint8 images (N, H, W, 3).
 
     Decodes a few images at a time, so that memory does not grow with N.

@@ -11,14 +11,14 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import named_in_utf8
 
 from .checkpoints import describe_mismatch
@@ -78,6 +78,9 @@ class SSLEncoder(nn.Module):
         dtype: precision it runs in; anything but float32 by autocast.
     """
 
+    mean: Tensor  # (3, 1, 1), of pixels in [0, 1]
+    std: Tensor
+
     def __init__(self, vit: "VisionTransformer", final_norm: bool = True, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.vit, self.dtype = vit, dtype
@@ -86,8 +89,9 @@ class SSLEncoder(nn.Module):
         self.tokens_a_side = vit.patch_embed.grid_size[0]
         self.input_size = vit.patch_embed.img_size[0]
         self.width: int = vit.embed_dim
+        normalisation: Any = vit.pretrained_cfg
         for name in ("mean", "std"):
-            value = torch.tensor(vit.pretrained_cfg[name], device="cpu").reshape(3, 1, 1)
+            value = torch.tensor(normalisation[name], device="cpu").reshape(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
         self.requires_grad_(False)
         self.train(False)
@@ -177,7 +181,7 @@ def _one_block(name: str, recipe: Recipe) -> "VisionTransformer":
     try:
         vit = _create(recipe, depth=1)
     except Exception as error:  # timm raises several kinds for what it does not know
-        raise UserError(f"timm cannot make a ViT {recipe.timm_name} ({_first_line(error)}) (--enc-type)") from error
+        raise UserError(f"timm cannot make a ViT {recipe.timm_name} ({_reason(error)}) (--enc-type)") from error
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"{name} is a {type(vit).__name__}, expected a ViT of timm's plain kind (--enc-type)")
     return vit
@@ -187,12 +191,12 @@ def _build(name: str, recipe: Recipe, tokens_a_side: int, pretrained: bool) -> "
     """The network for images that give `tokens_a_side` tokens a side, with timm's weights or with random ones."""
     img_size = tokens_a_side * _one_block(name, recipe).patch_embed.patch_size[0]
     try:
-        return _create(recipe, pretrained, img_size=img_size)
+        return cast("VisionTransformer", _create(recipe, pretrained, img_size=img_size))
     except Exception as error:  # of the hub's client, the network, damaged files
         if not pretrained:
             raise
         raise UserError(
-            f"cannot get the weights of {name} ({recipe.timm_name}) from the hub or its cache: {_first_line(error)}; "
+            f"cannot get the weights of {name} ({recipe.timm_name}) from the hub or its cache: {_reason(error)}; "
             "give a local file (--enc-weights)"
         ) from error
 
@@ -220,7 +224,7 @@ def _load_file(vit: "VisionTransformer", file: Path, name: str) -> None:
         given = {key: tuple(tensor.shape) for key, tensor in content.items()}
     except Exception as error:  # of readers, and of resampling what is no position embedding
         raise UserError(
-            f"{file} cannot be read as the weights of {name} ({_first_line(error)}): expected timm's or its makers' "
+            f"{file} cannot be read as the weights of {name} ({_reason(error)}): expected timm's or its makers' "
             "file of this very encoder, as safetensors or as a torch file of weights alone (--enc-weights)"
         ) from error
     expected = {key: tuple(tensor.shape) for key, tensor in vit.state_dict().items()}
@@ -243,5 +247,6 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError("no torch file, or one that holds more than weights") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """What an error says, to stand inside a sentence."""
+    return first_line(error).rstrip(".")

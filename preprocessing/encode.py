@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,15 +11,12 @@ import torch
 from common.errors import UserError
 from common.files import only_writer
 from common.processes import Processes, joined_processes, progress_bar
-from models.autoencoder import encode_moments, load_vae, portable_name, reduction, weights_sha256
+from models.autoencoder import Autoencoder, encode_moments, load_vae, portable_name, reduction, weights_sha256
 from preprocessing.images import SourceImages, list_images, tell_passed_over, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
 from storage.file_store import FileStore, read_image
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 def encode(
@@ -72,9 +68,7 @@ def encode(
                 print(f"{dest} is complete ({len(images.names)} samples): nothing to do")
 
 
-def _manifest(
-    images: SourceImages, vae: "AutoencoderKL", vae_name: str, dtype: str, flip: bool, with_images: bool
-) -> dict:
+def _manifest(images: SourceImages, vae: Autoencoder, vae_name: str, dtype: str, flip: bool, with_images: bool) -> dict:
     resolution = images.read(0).shape[0]
     factor = reduction(vae)
     if resolution % factor:

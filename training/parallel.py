@@ -5,7 +5,7 @@ an environment variable. Sharding is torch's `fully_shard`, block by block, with
 sharded run computes what a replicated one does and either resumes from the other's checkpoints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,7 +56,7 @@ def replicate(network: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def averaging(model: nn.Module, wanted: bool) -> AbstractContextManager:
+def averaging(model: Callable[..., Any], wanted: bool) -> AbstractContextManager:
     """Around a forward and backward: whether its gradients are averaged over the processes, or only added up."""
     if hasattr(model, "set_requires_gradient_sync"):  # sharded
         model.set_requires_gradient_sync(wanted)

@@ -12,7 +12,7 @@ micro-batch takes its rows: loss and gradients do not depend on how the batch is
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,21 @@ from training.guard import NamedTerms, Verdict
 from training.optimizer import skips_on_device
 
 
+class Network(Protocol):
+    """What a step needs of the module that it trains; a `DeepFlow` has it."""
+
+    num_branches: int
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor, /) -> Any:
+        """Velocities, accelerations and projections, see `models.deepflow.DeepFlowOutput`."""
+
+    def null_condition(self, count: int) -> Tensor:
+        """The condition of no class or text, (count, ...)."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the module."""
+
+
 class Gradients(NamedTuple):
     """A step whose gradients lie in the parameters, not applied yet."""
 
@@ -38,14 +53,14 @@ class Gradients(NamedTuple):
 
 
 class Update(NamedTuple):
-    """A step that the device may still be computing, or may have left out."""
+    """A step that the device may still be computing, or may not have applied."""
 
     names: list[str]
     verdict: Verdict
     terms: list[NamedTerms]
 
     def read(self) -> tuple[dict[str, float], bool]:
-        """The step's numbers by name, means over the batch, the same on all processes; and whether one has to stop.
+        """The step's numbers by name, means over the batch, the same on all processes; and whether to stop after it.
 
         A step with a number that is not finite was not applied.
         """
@@ -59,7 +74,7 @@ class TrainingStep:
     Args:
         network: what is trained, for example a `DeepFlow`, on its device.
         loss_fn: the objective.
-        optimizer: over the network's parameters. One whose kernel cannot leave a step out costs a wait for the device.
+        optimizer: over the network's parameters. If its kernel cannot skip a step, the host waits for the device.
         batches: this process's micro-batches in order, `accumulation` for each step.
         batch_size: images of a step, over all processes and micro-batches.
         scaling_factor: of the latents.
@@ -75,7 +90,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         loss_fn: DeepFlowLoss,
         optimizer: torch.optim.Optimizer,
         batches: Iterator[LatentBatch],
@@ -87,7 +102,7 @@ class TrainingStep:
         max_grad_norm: float = 1.0,
         precision: str = "no",
         encoders: Sequence[Callable[[Tensor], Tensor]] = (),
-        model: nn.Module | None = None,
+        model: Callable[..., Any] | None = None,
         rank: int = 0,
         world: int = 1,
         learning_rate: Callable[[int], float] | None = None,
@@ -154,8 +169,10 @@ class TrainingStep:
         means = torch.stack(list(gradients.sums.values())) / (self.batch_size // self.world)
         stop = torch.full((1,), float(stop_requested), device=self.device)
         row = mean_over_processes(torch.cat([grad_norm.reshape(1), means, stop]))
-        for group in self.optimizer.param_groups if self.learning_rate else ():
-            group["lr"] = group["initial_lr"] * self.learning_rate(step)
+        if self.learning_rate is not None:
+            factor = self.learning_rate(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
         self.apply(row.isfinite().all(), gradients.loss_scale)
         self.optimizer.zero_grad()
         return Update(["grad_norm", *gradients.sums], Verdict(row), gradients.terms)
@@ -163,9 +180,10 @@ class TrainingStep:
     def apply(self, finite: Tensor, loss_scale: float) -> None:
         """The optimizer's part of a step, left out where `finite`, a scalar on the device, is false."""
         if skips_on_device(self.optimizer):
-            self.optimizer.found_inf = 1 - finite.float()
-            self.optimizer.grad_scale = torch.full((), loss_scale, device=self.device)
-            self.optimizer.step()
+            fused: Any = self.optimizer  # torch declares neither of these attributes
+            fused.found_inf = 1 - finite.float()
+            fused.grad_scale = torch.full((), loss_scale, device=self.device)
+            fused.step()
         elif finite.item():  # waits for the device, which cannot decide by itself
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], loss_scale)
             self.optimizer.step()
@@ -182,7 +200,8 @@ class TrainingStep:
     def features(self, batch: LatentBatch) -> list[Tensor] | None:
         """Tokens (B, T, z) of every SSL encoder, for the alignment; None where there is nothing to align with."""
         packed = [self.moved(tokens) for tokens in batch.features or []]
-        return packed or [encoder(batch.images) for encoder in self.encoders] or None
+        images = cast(Tensor, batch.images)  # a batch has them where there are encoders
+        return packed or [encoder(images) for encoder in self.encoders] or None
 
     def latent_shape(self, batch: LatentBatch) -> tuple[int, ...]:
         """(C, h, w) of a latent, half the channels of its moments."""
