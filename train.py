@@ -4,7 +4,7 @@
     accelerate launch --num_processes 8 train.py ...        the same flags, on several GPUs
 
 The same command resumes an interrupted run from its newest checkpoint. One counter, optimizer steps, is behind
-everything: data order, noise and times are functions of (seed, step), whatever the number of processes. So a checkpoint
+everything: data order, noise and times are functions of (seed, step), for any number of processes. So a checkpoint
 needs no random state, and a resumed run repeats the uninterrupted one, on the CPU bit for bit. SIGTERM or SIGUSR1
 finishes the step, saves, and exits with code 143; so does SIGHUP, unless it is ignored (nohup).
 
@@ -49,19 +49,22 @@ class NonFiniteLoss(ArithmeticError):
 
 @memory_told(guard.LESS_MEMORY)
 def train(options: argparse.Namespace) -> bool:
-    """Run the training that `options` (of `parse_options`) describe; False if a signal stopped it before its end.
+    """Run the training that `options` (of `parse_options`) describe.
+
+    Returns:
+        False if a signal stopped it before its end.
 
     Raises:
         UserError: for options that contradict each other, the data or the checkpoint, before anything is written;
             or if a checkpoint cannot be written.
-        NonFiniteLoss: before the update that it would have spoilt.
+        NonFiniteLoss: before the update, which is then not applied.
     """
     with guard.stop_request() as stop, ExitStack() as run_lock:
         return train_until(stop, options, run_lock)
 
 
 def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -> bool:
-    """`train`, which ends after the step at which `stop` is set."""
+    """`train`, until its end or until the step at which `stop` is set."""
     # ---- 1. Processes, and what there is to do ---------------------------------------------------------------------
     processes = join_processes()
     rank, world, device = processes.process_index, processes.num_processes, processes.device
@@ -87,7 +90,7 @@ def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -
     if saved:
         log.load_state_dict(saved.trainer["log"], models.network.num_branches)
         scale.load_state_dict(saved.trainer["loss_scale"])
-    processes.wait_for_everyone()  # all have read the run's folder before one of them changes it
+    processes.wait_for_everyone()  # all have read the run's folder before rank 0 changes it
     if rank == 0:
         run_lock.enter_context(only_writer(plan.run, "--exp-name"))
         prepare_folder(plan, step, log.logged_step)
@@ -137,8 +140,8 @@ def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -
 def run_steps(step: int, stop: Event, training_step: TrainingStep, recorder: Recorder) -> int:
     """Train from `step` to the end of the plan, or to the step at which `stop` is set; the steps done then.
 
-    Each round computes the gradients of one step, then looks at the outcome of the step before, which the device has
-    long reached, then launches the step. So the device always has work, and yet nothing follows a step that failed.
+    Each iteration computes the gradients of one step, then reads the outcome of the step before, which the device has
+    finished by then, then launches the step. So the device always has work, and no step follows one that failed.
     """
     total_steps, scale, log = recorder.plan.total_steps, recorder.scale, recorder.log
     network, emas = recorder.models.network, recorder.models.emas
@@ -154,7 +157,7 @@ def run_steps(step: int, stop: Event, training_step: TrainingStep, recorder: Rec
                 if not scale.overflowed() or bad_terms:
                     raise NonFiniteLoss(describe_failure(step, bad_terms, numbers["grad_norm"], recorder.plan.run))
                 log.skip()
-                training_step.optimizer.zero_grad()  # of the step ahead, to be computed once more as well
+                training_step.optimizer.zero_grad()  # of the step ahead, which is computed again too
                 stopped, update = False, None
                 continue
             scale.applied()
@@ -170,7 +173,7 @@ def run_steps(step: int, stop: Event, training_step: TrainingStep, recorder: Rec
 
 
 def describe_failure(step: int, bad_terms: list[str], grad_norm: float, run: Path) -> str:
-    """The message of `NonFiniteLoss`: where it arose, what is safe, what to try."""
+    """The message of `NonFiniteLoss`: where it happened, which checkpoint is intact, what to try."""
     where = "not finite: " + "; ".join(bad_terms) if bad_terms else f"finite loss, but gradient norm {grad_norm}"
     last = max(run_state.saved_steps(run), default=None)
     kept = "no checkpoint yet" if last is None else f"the checkpoint of step {last} is intact"
@@ -183,8 +186,8 @@ def describe_failure(step: int, bad_terms: list[str], grad_norm: float, run: Pat
 def main() -> None:
     """The command line: exit code 0 when done, 1 on a loss that is not finite, 2 on a mistake, 143 on a signal.
 
-    What all processes agree on, rank 0's code tells: a launcher ends the others as soon as one has failed, which must
-    not be before rank 0 has said why and finished its reports.
+    Where all processes fail alike, only rank 0 exits with the code: a launcher ends all processes as soon as one has
+    failed, and rank 0 must first print why and finish its reports.
     """
     try:
         finished = train(parse_options())

@@ -1,4 +1,4 @@
-"""The flags of `generate.py`: names and meaning as in the official release; and what they say of a checkpoint."""
+"""The flags of `generate.py`: names and meaning as in the official release; and the settings they give."""
 
 import argparse
 import shlex
@@ -16,7 +16,7 @@ from samplers import DIFFUSION_FORMS, SAMPLERS, sde_schedule
 
 
 class Settings(NamedTuple):
-    """What, besides the networks, decides an image."""
+    """The settings that, with the networks, decide an image."""
 
     method: str = "sde"  # of samplers.SAMPLERS
     num_steps: int = 250

@@ -59,7 +59,7 @@ def require_same(record: dict[str, Any], found: dict[str, Any], path: Path, over
     """Whether the samples at `path`, made as the record `found` says, are those that `record` describes.
 
     Raises:
-        UserError: if it is not and may not be replaced, naming the first difference.
+        UserError: if it is not and may not be replaced, with the first difference.
     """
     record = json.loads(json.dumps(record))
     different = [key for key in record if key not in FREE_TO_DIFFER and found.get(key) != record[key]]

@@ -23,7 +23,7 @@ from common.files import REPOSITORY, named_in_utf8, portable
 from common.sd_vae import SD_VAE
 
 PIXELS_AT_ONCE = 8 * 512 * 512  # decoding more needs tens of gigabytes with the SD-VAE
-# Of an affine that more than scales, and what each is where it does not.
+# The parts of an affine that do more than scale, with the value at which they do nothing.
 OFF_CENTRE = {"shift_factor": 0, "latents_mean": 0, "latents_std": 1}
 
 
@@ -60,8 +60,8 @@ def load_vae(
 
     A folder holds `config.json` and `diffusion_pytorch_model.safetensors` (what `save_pretrained` writes). A
     hub name is looked up in the local cache first and downloaded only if it is not there. Only safetensors are
-    read: nothing in the files is executed. Raises `UserError` when it can be had neither way, when its weights are not
-    all those of its configuration and no others, and when its latents are more than scaled.
+    read: nothing in the files is executed. Raises `UserError` when neither works, when its weights are not exactly
+    those of its configuration, and when its latents are more than scaled.
     """
     source = str(name_or_path)
     is_folder = Path(source).is_dir()
@@ -97,7 +97,7 @@ def load_vae(
 
 
 def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple[Autoencoder, dict[str, Any]]:
-    """The VAE, and which tensors its file lacks or has besides; tensors that it lacks have no memory."""
+    """The VAE, and which tensors its file lacks or has in addition; those that it lacks have no memory."""
     from diffusers import AutoencoderKL  # a slow import, needed by no other part of the models
 
     with _quiet_diffusers(), named_in_utf8(source) as name:
@@ -135,7 +135,7 @@ def _check_config(config: dict[str, Any], source: str) -> None:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without what diffusers and the hub's client print: it is refused, in one line."""
+    """Without the warnings of diffusers and the hub's client: a mistake is reported in one line."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -165,7 +165,7 @@ def load_recorded_vae(name: str, sha256: str | None, device: str | torch.device,
     `assets/` and in the hub's cache. Where none has it, the VAE of that name is returned for the caller to compare.
 
     Raises:
-        UserError: if there is no VAE of that name either, naming the `flag` to give one by.
+        UserError: if there is no VAE of that name either, with the `flag` to give one by.
     """
     here = [str(place) for place in (name, REPOSITORY / name) if Path(place).is_dir()]
     named, mistake = None, None
@@ -224,7 +224,7 @@ def reduction(vae: Autoencoder) -> int:
 
 
 def weights_sha256(vae: Autoencoder) -> str:
-    """Checksum of a VAE's float32 weights: tells VAEs apart whatever path they were loaded from."""
+    """Checksum of a VAE's float32 weights: identifies a VAE, wherever it was loaded from."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         sha256.update(name.encode())

@@ -77,7 +77,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(n, t, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, T, D / heads)
         q, k = self.q_norm(q), self.k_norm(k)
-        # The norms may leave q and k in float32 under autocast, and attention wants one dtype.
+        # The norms may leave q and k in float32 under autocast, and attention needs one dtype.
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(x.transpose(1, 2).reshape(n, t, d))
 

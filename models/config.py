@@ -10,7 +10,7 @@ from common.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal as mappings are
 class Architecture(Mapping[str, Any]):
-    """What a `DeepFlow` is made of. As a mapping, it is what a checkpoint's JSON holds: `dict(architecture)`.
+    """The sizes and options of a `DeepFlow`. As a mapping, it is the JSON of a checkpoint: `dict(architecture)`.
 
     Attributes:
         hidden_size: width D of the tokens, a multiple of 4 and of `num_heads`.
@@ -29,7 +29,7 @@ class Architecture(Mapping[str, Any]):
             With more branches they are aligned after every VeRA block.
 
     Raises:
-        UserError: for sizes that do not divide, `df_idxs` that do not cut the depth, or an alignment without a place.
+        UserError: for sizes that do not divide, `df_idxs` that do not cut the depth, or an alignment without a place for it.
     """
 
     hidden_size: int

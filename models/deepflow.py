@@ -25,7 +25,7 @@ from .vera import VeRABlock
 
 
 class DeepFlowOutput(NamedTuple):
-    """What a training forward returns. Images are (N, C, H, W), projections (N, T, z) with z of `ssl_dim`."""
+    """The outputs of a training forward. Images are (N, C, H, W), projections (N, T, z) with z of `ssl_dim`."""
 
     velocities: tuple[Tensor, ...]  # k, the last one is the model's prediction
     accelerations: tuple[Tensor, ...]  # k - 1
@@ -77,7 +77,7 @@ class DeepFlow(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """Xavier-uniform linear maps, N(0, 0.02^2) embeddings, and zeros where adaLN-Zero wants an identity."""
+        """Xavier-uniform linear maps, N(0, 0.02^2) embeddings, and zeros where adaLN-Zero starts as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, unknown_name
 from common.files import named_in_utf8
 
 from .checkpoints import describe_mismatch
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 RANDOM = "random"  # in place of a weights file: untrained weights, the same every time
 RANDOM_SEED = 0
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-MOCO_PREFIX = "module.base_encoder."  # of the encoder in the files of MoCo v3, beside its momentum twin
+MOCO_PREFIX = "module.base_encoder."  # of the encoder in files of MoCo v3, which also hold its momentum copy
 
 
 class Recipe(NamedTuple):
-    """How an encoder is made of a network of timm."""
+    """How to make an encoder from a network of timm."""
 
     timm_name: str
     options: Mapping[str, Any] = MappingProxyType({})  # where timm's own are for other weights of this network
@@ -139,7 +139,7 @@ def load_encoder(
         dtype: precision it runs in.
 
     Raises:
-        UserError: for a name that is not known, or weights that cannot be had or do not belong to it.
+        UserError: for a name that is not known, or weights that cannot be loaded or are of another network.
     """
     recipe = _recipe(name)
     if weights is None and not recipe.hub:
@@ -159,10 +159,7 @@ def _recipe(name: str) -> Recipe:
     if name.startswith("timm:"):
         return Recipe(name.removeprefix("timm:"))
     if name not in ENCODERS:
-        raise UserError(
-            f"unknown encoder {name!r}: choose one of {', '.join(ENCODERS)}, or timm:NAME for another ViT of timm "
-            "(--enc-type)"
-        )
+        raise unknown_name("encoder", name, [*ENCODERS, "or timm:NAME for another ViT of timm"], "--enc-type")
     return ENCODERS[name]
 
 
@@ -175,7 +172,7 @@ def _create(recipe: Recipe, pretrained: bool = False, **options: Any) -> nn.Modu
 
 
 def _one_block(name: str, recipe: Recipe) -> "VisionTransformer":
-    """The network cut down to one block: quick to make, and it tells all but the depth."""
+    """The network cut down to one block: quick to make, and with all properties but the depth."""
     from timm.models.vision_transformer import VisionTransformer
 
     try:
@@ -188,7 +185,7 @@ def _one_block(name: str, recipe: Recipe) -> "VisionTransformer":
 
 
 def _build(name: str, recipe: Recipe, tokens_a_side: int, pretrained: bool) -> "VisionTransformer":
-    """The network for images that give `tokens_a_side` tokens a side, with timm's weights or with random ones."""
+    """The network for images that give `tokens_a_side` tokens per side, with timm's weights or with random ones."""
     img_size = tokens_a_side * _one_block(name, recipe).patch_embed.patch_size[0]
     try:
         return cast("VisionTransformer", _create(recipe, pretrained, img_size=img_size))
@@ -202,7 +199,7 @@ def _build(name: str, recipe: Recipe, tokens_a_side: int, pretrained: bool) -> "
 
 
 def require_weights(weights: str | Path) -> None:
-    """Raise `UserError` unless `weights`, as `load_encoder` takes them, are `random` or a file that is there."""
+    """Raise `UserError` unless `weights`, an argument of `load_encoder`, is `random` or an existing file."""
     if weights != RANDOM and not Path(weights).is_file():
         raise UserError(
             f"no weights file {weights}: give a local file, or {RANDOM} for untrained weights (--enc-weights)"

@@ -1,4 +1,4 @@
-"""What a run is made of, from its options: network, averages, objective, optimizer, SSL encoders, loss scale."""
+"""The parts of a run, from its options: network, averages, objective, optimizer, SSL encoders, loss scale."""
 
 import argparse
 from collections.abc import Callable
@@ -38,7 +38,9 @@ def build_models(plan: Plan, saved: run_state.TrainingState | None, device: torc
     network.checkpoint_activations = options.activation_checkpointing
     if saved:
         network.load_state_dict(saved.model)
-    if not parallel.is_sharded():  # else seed or file alone make it the same everywhere: no device has to hold all
+    if (
+        not parallel.is_sharded()
+    ):  # sharded, seed or file make it the same everywhere, and no device has to hold all of it
         parallel.synchronise(network.to(device))  # before anything is copied from it, so that all averages start equal
     emas = averages(network, options.ema_decay, options.ema_std)
     for name, ema in emas.items() if saved else ():
@@ -106,7 +108,7 @@ def load_encoders(plan: Plan, processes: PartialState) -> list[nn.Module]:
         try:
             for name, file in zip(options.enc_type, files, strict=True):
                 encoders.append(load_encoder(name, plan.config.tokens_per_side, file, processes.device, dtype))
-        except UserError as error:  # raised only after the others, who wait for this process, have made it too
+        except UserError as error:  # raised only after the processes that wait for this one have made it too
             mistake = error
     if mistake:
         raise mistake
@@ -126,6 +128,6 @@ def load_previews(plan: Plan, processes: PartialState) -> Callable[..., dict[str
     """
     if not plan.options.preview_every:
         return None
-    from training.previews import Previews  # brings a VAE and a feature network: slow to import, seldom wanted
+    from training.previews import Previews  # imports diffusers and feature networks: slow, and rarely needed
 
     return Previews(plan.options, plan.data, processes.device, processes.process_index, processes.num_processes)

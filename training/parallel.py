@@ -1,4 +1,4 @@
-"""The network on many processes: replicated (DDP) or sharded (FSDP), and whole again for checkpoints and previews.
+"""The network on many processes: replicated (DDP) or sharded (FSDP), and gathered again for checkpoints and previews.
 
 Accelerate's launcher says which: `accelerate launch --use_fsdp`, or a configuration with `distributed_type: FSDP`, sets
 an environment variable. Sharding is torch's `fully_shard`, block by block, with parameters kept in float32, so that a
@@ -25,7 +25,7 @@ from models import DeepFlow
 
 
 def is_sharded() -> bool:
-    """Whether the launcher asked for FSDP, and there is more than one process to shard over."""
+    """Whether the launcher enables FSDP, and there is more than one process to shard over."""
     return dist.is_initialized() and dist.get_world_size() > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 

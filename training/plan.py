@@ -1,4 +1,4 @@
-"""A run as resolved before it begins: options checked against each other, the device, the data and the run's folder."""
+"""A run as resolved before it starts: options checked against each other, the device, the data and the run's folder."""
 
 import argparse
 import hashlib
@@ -54,14 +54,14 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as resolved from options, data and what an earlier run of the same name left."""
+    """A run as resolved from options, data and the files of an earlier run of the same name."""
 
     options: ResolvedOptions
     run: Path
     data: LatentData | None  # None only in a dry run whose data is missing
-    missing: str | None  # then, the line that says so
+    missing: str | None  # in that case, the message that says so
     images: int  # in the data
-    features: list[PackedFeatures]  # of SSL encoders, where they are at hand
+    features: list[PackedFeatures]  # of SSL encoders; empty where encoders see the images
     config: Architecture
     parameters: int
     experiment: dict[str, Any]  # what a resumed run must share
@@ -74,7 +74,7 @@ class Work(NamedTuple):
     """What one image costs in a training step."""
 
     macs: int  # multiply-adds of the forward
-    activation_bytes: float  # kept from the forward for the backward, in the precision asked for
+    activation_bytes: float  # kept from the forward for the backward, in the run's precision
 
 
 def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> Plan:
@@ -158,10 +158,10 @@ def resolve_data_options(options: argparse.Namespace, data: LatentData | None) -
 
 
 def open_features(options: argparse.Namespace, data: LatentData | None) -> list[PackedFeatures]:
-    """The packed features to align with, none where encoders look at the images.
+    """The packed features to align with, none where encoders see the images.
 
     Raises:
-        UserError: for features of other encoders than are named, and for images or weights files that are not there.
+        UserError: for features of other encoders than `--enc-type`, and for missing images or weights files.
     """
     features = [PackedFeatures(path) for path in options.ssl_features or []]
     if features:
@@ -177,17 +177,17 @@ def open_features(options: argparse.Namespace, data: LatentData | None) -> list[
                 f"--ssl-align needs images, and {data.path} has none: encode with --images, or give --ssl-features, "
                 "made with dataset_tools encode-ssl"
             )
-        data.gather_images(np.zeros(1, np.int64))  # that there are some, of the latents' names and size
+        data.gather_images(np.zeros(1, np.int64))  # checks that there are some, with the latents' names and size
     return []
 
 
 def identity(options: argparse.Namespace, data: LatentData | None, features: Sequence[PackedFeatures]) -> str | None:
-    """What tells one dataset, with the encoders that look at it, from another, wherever all of it lies."""
+    """What identifies a dataset and its SSL encoders, in any folder: number of samples and a checksum."""
     if data is None:
         return None
     contents = dict(data.manifest)
     if contents["vae_sha256"] is not None:
-        del contents["vae"]  # that is only a name, the checksum decides
+        del contents["vae"]  # only a name; the checksum decides
     if features:
         contents["features"] = [packed.manifest["weights_sha256"] for packed in features]
     elif options.enc_weights:
@@ -224,7 +224,7 @@ def build_network(options: argparse.Namespace, data: LatentData | None, features
 
 
 def measure(plan: Plan) -> Work:
-    """Count what a forward computes and what it keeps, on tensors without memory."""
+    """Count the operations of a forward and the memory that it keeps, on tensors without memory."""
     count, options = 2, plan.options
     with torch.device("meta"):
         network = DeepFlow(**plan.config).train()

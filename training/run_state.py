@@ -46,7 +46,7 @@ class TrainingState(NamedTuple):
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return run / "checkpoints" / f"step-{step:07d}"
 
 
@@ -105,7 +105,7 @@ def save(
 
 
 def delete(folder: Path) -> None:
-    """Remove a checkpoint so that no moment shows half of it under its name."""
+    """Remove a checkpoint; at no time is half of it under its name."""
     doomed = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.replace(doomed)
@@ -125,7 +125,7 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
     """Read a checkpoint folder, tensors on the CPU. Nothing in it is executed.
 
     Raises:
-        UserError: if it belongs to another experiment, naming option and both values, or is damaged.
+        UserError: if it belongs to another experiment, with the option and both values, or is damaged.
     """
     with damage_as_user_error(folder):
         summary = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -181,7 +181,7 @@ def find(run: Path, resume: str, resume_step: int | None) -> Path | None:
 
     Args:
         run: the run's folder, existing or not.
-        resume: `auto` for the newest complete checkpoint, `none` to begin at step 0.
+        resume: `auto` for the newest complete checkpoint, `none` to start at step 0.
         resume_step: an exact step; overrides `resume`.
 
     Raises:

@@ -45,7 +45,7 @@ class Network(Protocol):
 
 
 class Gradients(NamedTuple):
-    """A step whose gradients lie in the parameters, not applied yet."""
+    """A step whose gradients are in the parameters, not applied yet."""
 
     sums: dict[str, Tensor]  # scalars by name: loss and its terms, summed over this process's samples
     terms: list[NamedTerms]  # of each micro-batch
@@ -120,7 +120,7 @@ class TrainingStep:
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.device = parallel.local(self.parameters[0]).device
         self.generator = torch.Generator(self.device)
-        self.pending: dict[int, list[LatentBatch]] = {}  # micro-batches of steps that may have to be tried again
+        self.pending: dict[int, list[LatentBatch]] = {}  # micro-batches of steps that may be tried again
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
@@ -160,7 +160,7 @@ class TrainingStep:
     def launch(self, step: int, gradients: Gradients, stop_requested: bool = False) -> Update:
         """Clip, and have the device apply the step if all of its numbers are finite, on all processes.
 
-        The host does not wait for it: `Update.read` says what came of it, and whether any process has `stop_requested`.
+        The host does not wait: `Update.read` returns the outcome, and whether any process has `stop_requested`.
         """
         # Gradients are clipped as they are, multiplied by the loss scale; the optimizer's kernel divides by it.
         limit = self.max_grad_norm * gradients.loss_scale
@@ -178,7 +178,7 @@ class TrainingStep:
         return Update(["grad_norm", *gradients.sums], Verdict(row), gradients.terms)
 
     def apply(self, finite: Tensor, loss_scale: float) -> None:
-        """The optimizer's part of a step, left out where `finite`, a scalar on the device, is false."""
+        """The optimizer's part of a step, skipped where `finite`, a scalar on the device, is false."""
         if skips_on_device(self.optimizer):
             fused: Any = self.optimizer  # torch declares neither of these attributes
             fused.found_inf = 1 - finite.float()
@@ -189,7 +189,7 @@ class TrainingStep:
             self.optimizer.step()
 
     def forget(self, step: int) -> None:
-        """Let go of the batch of a step that was applied."""
+        """Drop the batch of a step that was applied."""
         del self.pending[step]
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Any:
@@ -198,7 +198,7 @@ class TrainingStep:
             return self.model(x, t, condition)
 
     def features(self, batch: LatentBatch) -> list[Tensor] | None:
-        """Tokens (B, T, z) of every SSL encoder, for the alignment; None where there is nothing to align with."""
+        """Tokens (B, T, z) of every SSL encoder, for the alignment; None without alignment."""
         packed = [self.moved(tokens) for tokens in batch.features or []]
         images = cast(Tensor, batch.images)  # a batch has them where there are encoders
         return packed or [encoder(images) for encoder in self.encoders] or None
