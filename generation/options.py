@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sample-dir", type=Path, default=Path("samples"), help="folder of the results")
     add("--name", help="name of the results (default: from the checkpoint and the settings)")
     add("--overwrite", action="store_true", help="replace results of that name that were made otherwise")
-    add("--grid", action=boolean, default=True, help="write a picture with a row a class")
+    add("--grid", action=boolean, default=True, help="write a picture with one row per class")
     add("--png", action=boolean, default=False, help="write the images also into a folder of PNG files")
 
     group = parser.add_argument_group(

@@ -29,7 +29,7 @@ class Architecture(Mapping[str, Any]):
             With more branches they are aligned after every VeRA block.
 
     Raises:
-        UserError: for sizes that do not divide, `df_idxs` that do not cut the depth, or an alignment without a place for it.
+        UserError: for sizes that do not divide, `df_idxs` that do not cut the depth, or an alignment without a place.
     """
 
     hidden_size: int

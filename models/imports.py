@@ -57,8 +57,8 @@ def infer_config(
     """The architecture of official-format weights.
 
     Sizes are inferred from the shapes. What they do not determine comes from `overrides`, else from the official
-    release's `flags`: number of heads (else by width, as in the paper's family), df_idxs (else equal branches), legacy_scaling,
-    and the repa_depth of an aligned SiT (else REPA's own).
+    release's `flags`: number of heads (else by width, as in the paper's family), df_idxs (else equal branches),
+    legacy_scaling, and the repa_depth of an aligned SiT (else REPA's own).
     """
     try:
         hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape

@@ -30,7 +30,7 @@ def test_scripts_parse(script):
 def test_a_dry_run_needs_neither_data_nor_gpu(tmp_path):
     done = bash("script/xlarge/train.sh", "--dry-run", "--tg-upper-bound", "0.02", DATA_DIR=str(tmp_path / "none"))
     assert done.returncode == 2
-    for fact in ("681.6 M parameters", "119.8 GMAC", "5004.6 steps an epoch", "memory", "files", "'df_idxs': [8, 16]"):
+    for fact in ("681.6 M parameters", "119.8 GMAC", "5004.6 steps per epoch", "memory", "files", "'df_idxs': [8, 16]"):
         assert fact in done.stdout
     assert len(done.stderr.splitlines()) == 1 and f"no dataset folder {tmp_path / 'none'}" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -298,15 +298,15 @@ def describe(plan: Plan, work: Work, world: int, device: torch.device, step: int
     activations = plan.micro_batch * work.activation_bytes
     return "\n".join(
         [
-            f"model      {options.model}, {plan.parameters / 1e6:.1f} M parameters, {work.macs / 1e9:.1f} GMAC a "
+            f"model      {options.model}, {plan.parameters / 1e6:.1f} M parameters, {work.macs / 1e9:.1f} GMAC per "
             f"forward of one image: {dict(plan.config)}",
             f"data       {data}: {plan.images} images of {options.resolution} px in "
-            f"{options.num_classes} classes, {plan.images / options.batch_size:.1f} steps an epoch",
+            f"{options.num_classes} classes, {plan.images / options.batch_size:.1f} steps per epoch",
             *([f"aligned    with {', '.join(options.enc_type)}, {source}"] if options.ssl_align else []),
             f"batch      {options.batch_size} = {world} processes x {options.gradient_accumulation_steps} "
             f"accumulated x {plan.micro_batch}, precision {options.mixed_precision} on {device.type}"
             f"{', sharded' if shards > 1 else ''}",
-            f"memory     about {(states + activations) / 2**30:.1f} GiB a process: {states / 2**30:.1f} for weights, "
+            f"memory     about {(states + activations) / 2**30:.1f} GiB per process: {states / 2**30:.1f} for weights, "
             f"gradients, moments and {averages} average(s), {activations / 2**30:.1f} for activations",
             f"run        steps {step} to {plan.total_steps}{origin}",
             f"files      {plan.run}/: options.json, metrics.jsonl, checkpoints/step-* every "

@@ -27,7 +27,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from models import checkpoints
 
 FOLDER = re.compile(r"step-(\d{7,})")
@@ -170,7 +170,7 @@ def damage_as_user_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        reason = (str(error.__cause__ or error).splitlines() or [repr(error)])[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(
             f"{folder} is damaged ({reason}): delete it, and the run resumes from the one before"
         ) from error
