@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import require_known
 
 
 class Coefficients(NamedTuple):
-    """alpha, sigma and their time derivatives, each of the shape of the `t` they were asked at."""
+    """alpha, sigma and their time derivatives, each of the shape of `t`."""
 
     alpha: Tensor
     sigma: Tensor
@@ -67,8 +67,7 @@ def path_named(path_type: str) -> Path:
     Raises:
         UserError: for another name.
     """
-    if path_type not in PATHS:
-        raise UserError(f"unknown path type {path_type!r}: choose one of {', '.join(PATHS)} (--path-type)")
+    require_known("path type", path_type, PATHS, "--path-type")
     return PATHS[path_type]
 
 
@@ -117,8 +116,7 @@ def draw_times(weighting: str, path_type: str, count: int, generator: torch.Gene
     Raises:
         UserError: if `weighting` or `path_type` is unknown.
     """
-    if weighting not in WEIGHTINGS:
-        raise UserError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)} (--weighting)")
+    require_known("weighting", weighting, WEIGHTINGS, "--weighting")
     path = path_named(path_type)
     if weighting == "uniform":
         return torch.rand(count, generator=generator, device=generator.device)

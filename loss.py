@@ -139,7 +139,7 @@ class DeepFlowLoss:
         target = velocity_target(self.path_type, x0, noise, times[0])
         # The target is taken at t_1, the time of the only input; on the linear path it is the same at every t_i.
         branch_velocity = torch.stack([per_sample_mse(v, target) for v in output.velocities])
-        # Weighted by Python numbers: a tensor made of them would make the host wait for the device.
+        # The weights stay Python numbers: copying them to the device would make the host wait for it.
         velocity = sum(beta * error for beta, error in zip(self._betas(len(times)), branch_velocity, strict=True))
         acceleration = torch.zeros_like(velocity)
         for t, v, a in zip(times, output.velocities, output.accelerations, strict=False):
@@ -172,8 +172,8 @@ def alignment_error(projections: Sequence[Tensor], features: Sequence[Tensor]) -
     """SSL alignment (REPA), per sample: `negative_cosine` averaged over the places of alignment and the encoders.
 
     Args:
-        projections: (N, T, z) each; of every place of alignment one an encoder, in the order of the encoders.
-        features: (N, T, z) each, one an encoder.
+        projections: (N, T, z) each; for every place of alignment one per encoder, in the order of the encoders.
+        features: (N, T, z) each, one per encoder.
 
     Raises:
         UserError: if projections and features do not belong to the same number of encoders, tokens or widths.
@@ -192,7 +192,7 @@ def alignment_error(projections: Sequence[Tensor], features: Sequence[Tensor]) -
 def negative_cosine(projection: Tensor, features: Tensor) -> Tensor:
     """Minus the mean cosine between each token's projection and its feature: two (N, T, z) -> (N,).
 
-    Normalised in float32 or wider, whatever the network runs in: in half precision the norms overflow.
+    Normalised in float32 or wider at any precision of the network: in half precision the norms overflow.
     """
     dtype = torch.promote_types(projection.dtype, torch.float32)
     return -F.cosine_similarity(projection.to(dtype), features.to(dtype), dim=-1).mean(1)

@@ -1,8 +1,8 @@
 """Samplers: from noise at t = 1 to data at t = 0, given a velocity function; and what surrounds them.
 
 A velocity function is any `velocity(x, t)` with x (N, ...) and t (N,) in [0, 1], returning a velocity of x's shape.
-`t` is handed over in float64 on the CPU, so that guidance can look at it without waiting for the device. Samplers know
-no conditions and no networks. The state is kept in float64; the velocity sees it in the dtype of the initial noise.
+`t` is a float64 tensor on the CPU, so that guidance can read it without waiting for the device. Samplers know no
+conditions and no networks. The state is kept in float64; the velocity sees it in the dtype of the initial noise.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, require_known
 from interpolant import path_named, score_from_velocity
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -66,8 +66,7 @@ def sample(
         UserError: for an unknown method, fewer than 1 step (2 for the SDE), what `sde_schedule` refuses, or velocities
             that `dopri5` cannot follow.
     """
-    if method not in SAMPLERS:
-        raise UserError(f"unknown sampler {method!r}: choose one of {', '.join(SAMPLERS)}")
+    require_known("sampler", method, SAMPLERS)
     sampler = SAMPLERS[method]
     if num_steps < sampler.least_steps:
         raise UserError(f"num_steps is {num_steps}: {method} needs at least {sampler.least_steps}")
@@ -107,14 +106,14 @@ def time_grid(num_steps: int, shift: float, last: float | None = None) -> list[f
     else:
         unshifted = last / (shift - (shift - 1) * last)  # what the shift takes to `last`
         times = torch.linspace(1, unshifted, num_steps, dtype=torch.float64).tolist()
-    # The first is 1 and not the like that rounding makes of it: a time above 1 would lie outside the guidance interval.
+    # The first is exactly 1: rounding could make it larger, which is outside the guidance interval.
     return [1.0, *(shift * t / (1 + (shift - 1) * t) for t in times[1:]), 0.0]
 
 
 def sde_schedule(
     num_steps: int, path_type: str, form: str = "linear", norm: float = 1.0, shift: float = 1.0
 ) -> tuple[list[float], list[float]]:
-    """The SDE's `num_steps` + 1 times, and at all but the last w(t) = 2 norm form(t), the squared noise a unit of time.
+    """The SDE's `num_steps` + 1 times, and at all but the last w(t) = 2 norm form(t), the squared noise per unit time.
 
     The steps have to follow the SDE even where the data do not vary at all. There the state is noise of standard
     deviation sigma, the drift is (sigma'/sigma + w / (2 sigma^2)) x, and a step dt multiplies x by 1 - c with
@@ -125,9 +124,7 @@ def sde_schedule(
         UserError: for an unknown path or form, a norm or shift out of range, or a step with c > 2.
     """
     path = path_named(path_type)
-    if form not in DIFFUSION_FORMS:
-        known = ", ".join(DIFFUSION_FORMS)
-        raise UserError(f"unknown diffusion form {form!r}: choose one of {known} (--diffusion-form)")
+    require_known("diffusion form", form, DIFFUSION_FORMS, "--diffusion-form")
     if not 0 <= norm < math.inf:
         raise UserError(f"diffusion norm is {norm}: give a number of 0 or more (--diffusion-norm)")
     times, diffusions = time_grid(num_steps, shift, SDE_LAST_TIME), []
@@ -152,7 +149,7 @@ def euler_maruyama(
     diffusions: Sequence[float],
     step_noise: Callable[[int], Tensor],
 ) -> Tensor:
-    """dx = (v - w s / 2) dt + sqrt(w) dW backwards in time, s the score: one velocity call a step.
+    """dx = (v - w s / 2) dt + sqrt(w) dW backwards in time, s the score: one velocity call per step.
 
     `drift(x, step)` is v - w s / 2 at `times[step]`; the step from the last but one time, to 0, has no noise.
     """
@@ -189,7 +186,7 @@ def stochastic_heun(
 
 
 def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float], **_: float) -> Tensor:
-    """First-order steps of dx = v dt: one velocity call a step."""
+    """First-order steps of dx = v dt: one velocity call per step."""
     for t, t_next in pairwise(times):
         x = x + velocity(x, t) * (t_next - t)
     return x
@@ -198,8 +195,8 @@ def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequenc
 def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float], **_: float) -> Tensor:
     """Second-order (trapezoidal) steps of dx = v dt: 2 num_steps - 1 velocity calls.
 
-    The last step is an Euler step, so that the network is never asked at t = 0, where training seldom goes. The order
-    stays 2: one step's error is itself of second order.
+    The last step is an Euler step, so that the network is never evaluated at t = 0, which training rarely draws. The
+    order stays 2: one step's error is itself of second order.
     """
     for t, t_next in pairwise(times):
         v = velocity(x, t)
@@ -212,7 +209,7 @@ def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence
 def dopri5(
     velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float], rtol: float, atol: float
 ) -> Tensor:
-    """Adaptive fifth-order Runge-Kutta from the first time to the last, by steps of its own (torchdiffeq).
+    """Adaptive fifth-order Runge-Kutta from the first time to the last; it chooses its own steps (torchdiffeq).
 
     Raises:
         UserError: if no step is small enough for the tolerance.
@@ -278,7 +275,7 @@ def classifier_free_guidance(
 
 
 def at_least_float32(v: Tensor) -> Tensor:
-    """`v` for arithmetic: a network in half precision returns that, in which guidance would round once more."""
+    """`v` in float32 or wider: in half precision, guidance would add rounding errors of its own."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
@@ -310,7 +307,7 @@ def autoguidance(
 class ImageNoise:
     """Standard normal noise in which image i is a function of (seed, i) alone, whatever batch it is drawn in.
 
-    Each image has a counter-based stream of its own, on the CPU, so that images do not depend on the device either.
+    Each image has its own counter-based stream, on the CPU, so that its noise does not depend on the device either.
 
     Args:
         seed: the run's seed, in [0, 2^64).

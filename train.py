@@ -4,13 +4,13 @@
     accelerate launch --num_processes 8 train.py ...        the same flags, on several GPUs
 
 The same command resumes an interrupted run from its newest checkpoint. One counter, optimizer steps, is behind
-everything: data order, noise and times are functions of (seed, step), whatever the number of processes. So a checkpoint
+everything: data order, noise and times are functions of (seed, step), for any number of processes. So a checkpoint
 needs no random state, and a resumed run repeats the uninterrupted one, on the CPU bit for bit. SIGTERM or SIGUSR1
 finishes the step, saves, and exits with code 143; so does SIGHUP, unless it is ignored (nohup).
 
     RUN/options.json      options as resolved, architecture, code commit, versions
     RUN/metrics.jsonl     averages over --log-every steps and all processes
-    RUN/checkpoints/      see training/checkpointing.py
+    RUN/checkpoints/      see training/run_state.py
     RUN/previews/         grids of samples, with --preview-every
     RUN/ema.safetensors   at the end: the averaged weights alone, for generate.py
     RUN/loss.png          at the end: the loss curves
@@ -19,7 +19,7 @@ finishes the step, saves, and exits with code 143; so does SIGHUP, unless it is 
 import argparse
 import math
 import sys
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -27,18 +27,17 @@ from threading import Event
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError, exits_on_user_error, memory_told
 from common.files import only_writer
 from common.processes import join_processes, progress_bar
 from dataset import DataOrder, DeviceLatents, latent_batches
 from training import guard, records, run_state, trackers
-from training.build import build_loss, build_loss_scale, build_models, load_encoders, load_previews
+from training.build import attention_kernels, build_loss, build_loss_scale, build_models, load_encoders, load_previews
 from training.optimizer import schedule
 from training.options import parse_options
-from training.plan import Plan, describe, make_plan, measure
-from training.recorder import Recorder
+from training.plan import describe, make_plan, measure
+from training.recorder import Recorder, prepare_folder
 from training.step import TrainingStep
 
 STOPPED_BY_SIGNAL = 143  # the exit code of a process that SIGTERM ends
@@ -50,50 +49,54 @@ class NonFiniteLoss(ArithmeticError):
 
 @memory_told(guard.LESS_MEMORY)
 def train(options: argparse.Namespace) -> bool:
-    """Run the training that `options` (of `parse_options`) describe; False if a signal stopped it before its end.
+    """Run the training that `options` (of `parse_options`) describe.
+
+    Returns:
+        False if a signal stopped it before its end.
 
     Raises:
         UserError: for options that contradict each other, the data or the checkpoint, before anything is written;
             or if a checkpoint cannot be written.
-        NonFiniteLoss: before the update that it would have spoilt.
+        NonFiniteLoss: before the update, which is then not applied.
     """
     with guard.stop_request() as stop, ExitStack() as run_lock:
         return train_until(stop, options, run_lock)
 
 
 def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -> bool:
-    """`train`, which ends after the step at which `stop` is set."""
+    """`train`, until its end or until the step at which `stop` is set."""
     # ---- 1. Processes, and what there is to do ---------------------------------------------------------------------
     processes = join_processes()
     rank, world, device = processes.process_index, processes.num_processes, processes.device
     plan = make_plan(options, world, device)
+    options = plan.options  # as resolved; nothing changes them from here on
     saved = run_state.load(plan.resume_from, plan.experiment) if plan.resume_from else None
-    step = common_step(saved, plan.run)
-    work = measure(plan, options) if rank == 0 else None
+    step = run_state.common_step(saved, plan.run)
+    work = measure(plan) if rank == 0 else None
     if rank == 0:
-        print(describe(plan, options, work, world, device, step), flush=True)
+        print(describe(plan, work, world, device, step), flush=True)
     if options.dry_run:
         if plan.missing:
             raise UserError(plan.missing)
         return True
-    encoders = load_encoders(options, plan, processes)
-    previews = load_previews(options, plan, processes)
+    encoders = load_encoders(plan, processes)
+    previews = load_previews(plan, processes)
 
     # ---- 2. Network, averages, optimizer; the run's folder ---------------------------------------------------------
     torch.set_float32_matmul_precision("high" if options.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = options.allow_tf32
-    models = build_models(options, plan, saved, device)
+    models = build_models(plan, saved, device)
     log, scale = records.MetricLog(step, options.batch_size), build_loss_scale(options.mixed_precision)
     if saved:
         log.load_state_dict(saved.trainer["log"], models.network.num_branches)
         scale.load_state_dict(saved.trainer["loss_scale"])
-    processes.wait_for_everyone()  # all have read the run's folder before one of them changes it
+    processes.wait_for_everyone()  # all have read the run's folder before rank 0 changes it
     if rank == 0:
         run_lock.enter_context(only_writer(plan.run, "--exp-name"))
-        prepare_folder(options, plan, step, log.logged_step)
+        prepare_folder(plan, step, log.logged_step)
     saved = None  # frees a copy of the weights
     accelerator = trackers.make_accelerator(options, plan.run, step)
-    recorder = Recorder(options, plan, work, models, log, scale, accelerator, previews)
+    recorder = Recorder(plan, work, models, log, scale, accelerator, previews)
 
     # ---- 3. Data, and what a step does with it ---------------------------------------------------------------------
     source = DeviceLatents(plan.data, device) if options.data_on_device else plan.data
@@ -137,8 +140,8 @@ def train_until(stop: Event, options: argparse.Namespace, run_lock: ExitStack) -
 def run_steps(step: int, stop: Event, training_step: TrainingStep, recorder: Recorder) -> int:
     """Train from `step` to the end of the plan, or to the step at which `stop` is set; the steps done then.
 
-    Each round computes the gradients of one step, then looks at the outcome of the step before, which the device has
-    long reached, then launches the step. So the device always has work, and yet nothing follows a step that failed.
+    Each iteration computes the gradients of one step, then reads the outcome of the step before, which the device has
+    finished by then, then launches the step. So the device always has work, and no step follows one that failed.
     """
     total_steps, scale, log = recorder.plan.total_steps, recorder.scale, recorder.log
     network, emas = recorder.models.network, recorder.models.emas
@@ -154,7 +157,7 @@ def run_steps(step: int, stop: Event, training_step: TrainingStep, recorder: Rec
                 if not scale.overflowed() or bad_terms:
                     raise NonFiniteLoss(describe_failure(step, bad_terms, numbers["grad_norm"], recorder.plan.run))
                 log.skip()
-                training_step.optimizer.zero_grad()  # of the step ahead, to be computed once more as well
+                training_step.optimizer.zero_grad()  # of the step ahead, which is computed again too
                 stopped, update = False, None
                 continue
             scale.applied()
@@ -169,42 +172,8 @@ def run_steps(step: int, stop: Event, training_step: TrainingStep, recorder: Rec
     return step
 
 
-def common_step(saved: run_state.TrainingState | None, run: Path) -> int:
-    """The step that all processes resume from.
-
-    Raises:
-        UserError: if they found different checkpoints.
-    """
-    step = saved.step if saved else 0
-    if len(steps := set(gather_object([step]))) > 1:
-        raise UserError(
-            f"the processes found different checkpoints of {run}, of steps {', '.join(map(str, sorted(steps)))}: "
-            "give an --output-dir on a disk that all machines see"
-        )
-    return step
-
-
-def prepare_folder(options: argparse.Namespace, plan: Plan, step: int, logged_step: int) -> None:
-    """Make the run's folder that of a run at `step`. For rank 0, which holds the run's lock.
-
-    Raises:
-        UserError: if another command has changed it since the plan was made.
-    """
-    if run_state.find(plan.run, options.resume, options.resume_step) != plan.resume_from:
-        raise UserError(f"{plan.run} has just been changed by another process: give the same command again")
-    plan.run.mkdir(parents=True, exist_ok=True)
-    records.write_options(plan.run, vars(options), plan.config)
-    records.truncate_metrics(plan.run, logged_step, step)
-    run_state.set_aside_after(plan.run, step)
-
-
-def attention_kernels(options: argparse.Namespace) -> AbstractContextManager:
-    """Which kernels attention may use: any, or without `--fused-attn` the softmax written out."""
-    return nullcontext() if options.fused_attn else sdpa_kernel([SDPBackend.MATH])
-
-
 def describe_failure(step: int, bad_terms: list[str], grad_norm: float, run: Path) -> str:
-    """The message of `NonFiniteLoss`: where it arose, what is safe, what to try."""
+    """The message of `NonFiniteLoss`: where it happened, which checkpoint is intact, what to try."""
     where = "not finite: " + "; ".join(bad_terms) if bad_terms else f"finite loss, but gradient norm {grad_norm}"
     last = max(run_state.saved_steps(run), default=None)
     kept = "no checkpoint yet" if last is None else f"the checkpoint of step {last} is intact"
@@ -217,8 +186,8 @@ def describe_failure(step: int, bad_terms: list[str], grad_norm: float, run: Pat
 def main() -> None:
     """The command line: exit code 0 when done, 1 on a loss that is not finite, 2 on a mistake, 143 on a signal.
 
-    What all processes agree on, rank 0's code tells: a launcher ends the others as soon as one has failed, which must
-    not be before rank 0 has said why and finished its reports.
+    Where all processes fail alike, only rank 0 exits with the code: a launcher ends all processes as soon as one has
+    failed, and rank 0 must first print why and finish its reports.
     """
     try:
         finished = train(parse_options())

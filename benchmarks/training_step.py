@@ -188,7 +188,7 @@ def work_of(case: Case, sizes: dict[str, int]) -> Any:
     options = SimpleNamespace(
         activation_checkpointing=VARIANTS[case.variant].checkpointing, mixed_precision=case.precision
     )
-    return measure(SimpleNamespace(config=model_config(case.model, **sizes)), options)
+    return measure(SimpleNamespace(config=model_config(case.model, **sizes), options=options))
 
 
 def group_rows(cases: Sequence[Case], device: torch.device, sizes: dict[str, int], steps: int, rounds: int) -> list:

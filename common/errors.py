@@ -6,7 +6,7 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -53,6 +53,17 @@ def tell(line: str) -> None:
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], flag: str = "") -> UserError:
+    """The error of a name that is not one of the `known` ones; it lists them, and the flag to change."""
+    return UserError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}{f' ({flag})' if flag else ''}")
+
+
+def require_known(kind: str, name: str, known: Collection[str], flag: str = "") -> None:
+    """Raise `unknown_name` unless `name` is one of the `known` ones."""
+    if name not in known:
+        raise unknown_name(kind, name, known, flag)
 
 
 def lack_of_memory(error: BaseException) -> str | None:

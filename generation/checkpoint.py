@@ -1,38 +1,31 @@
-"""What samples are made with: the checkpoint, its VAE, its guide; and the names of results."""
+"""The inputs of sampling, checkpoint, VAE and guide; and the names of results."""
 
 import argparse
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from common.errors import UserError
+from common.sd_vae import SD_VAE
 from generation.options import Settings
 from models import checkpoints
-from models.autoencoder import (
-    SD_VAE,
-    load_recorded_vae,
-    load_vae,
-    weights_sha256,
-)
+from models.autoencoder import Autoencoder, load_recorded_vae, load_vae, weights_sha256
 from models.presets import NAME, model_config
 from samplers import SAMPLERS
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 VAES = {"ema": SD_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # the official names of --vae
 
 
 def load_matching_vae(
     options: argparse.Namespace, metadata: dict[str, Any], device: torch.device
-) -> "tuple[AutoencoderKL, str]":
+) -> tuple[Autoencoder, str]:
     """The VAE that the flags, else the checkpoint, name, and the SHA-256 of its weights.
 
     Raises:
-        UserError: if it cannot be had, or has other weights or another scale than the checkpoint was trained with.
+        UserError: if it cannot be loaded, or has other weights or another scale than the checkpoint was trained with.
     """
     name = options.vae or metadata.get("vae", "ema")
     if options.vae:
@@ -52,7 +45,7 @@ def load_matching_vae(
 
 
 def read_guide(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint | None:
-    """The checkpoint of autoguidance, if one is asked for.
+    """The checkpoint of `--autoguidance-ckpt`, None without it.
 
     Raises:
         UserError: if it is missing, damaged, or of other latents, classes or another path than the one it guides.
@@ -76,10 +69,10 @@ def read_guide(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint) 
 
 
 def read_checkpoint(options: argparse.Namespace) -> checkpoints.Checkpoint:
-    """The checkpoint that `options` name, of the architecture that its flags, where given, agree with.
+    """The checkpoint of `--ckpt`, checked against the architecture flags that are given.
 
     Raises:
-        UserError: for a missing or damaged file, or a flag that contradicts it, naming both values.
+        UserError: for a missing or damaged file, or a flag that contradicts it, with both values.
     """
     preset = model_config(options.model, df_idxs=[]) if options.model else {}
     fallbacks = {

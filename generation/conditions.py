@@ -1,4 +1,4 @@
-"""Which class each image is of."""
+"""The class of each image."""
 
 from collections.abc import Sequence
 

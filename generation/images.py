@@ -3,7 +3,7 @@
 Image i is a function of the seed and i alone, to the byte, on one kind of device with one version of torch. Matrix
 products round differently at other batch shapes, and an adaptive solver's step size is shared by what it solves
 together; so images are always made in aligned blocks of one size, which only the architecture and the type of device
-decide, whatever the batch size, the number of processes, or which of the images are wanted.
+decide, for any batch size, number of processes and choice of images.
 """
 
 import math

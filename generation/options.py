@@ -1,4 +1,4 @@
-"""The flags of `generate.py`: names and meaning as in the official release; and what they say of a checkpoint."""
+"""The flags of `generate.py`: names and meaning as in the official release; and the settings they give."""
 
 import argparse
 import shlex
@@ -16,7 +16,7 @@ from samplers import DIFFUSION_FORMS, SAMPLERS, sde_schedule
 
 
 class Settings(NamedTuple):
-    """What, besides the networks, decides an image."""
+    """The settings that, with the networks, decide an image."""
 
     method: str = "sde"  # of samplers.SAMPLERS
     num_steps: int = 250
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sample-dir", type=Path, default=Path("samples"), help="folder of the results")
     add("--name", help="name of the results (default: from the checkpoint and the settings)")
     add("--overwrite", action="store_true", help="replace results of that name that were made otherwise")
-    add("--grid", action=boolean, default=True, help="write a picture with a row a class")
+    add("--grid", action=boolean, default=True, help="write a picture with one row per class")
     add("--png", action=boolean, default=False, help="write the images also into a folder of PNG files")
 
     group = parser.add_argument_group(
@@ -141,8 +141,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def tell_of_launcher(precision: str) -> None:
-    """One line if `accelerate launch` was told of another precision, which does not change images unasked."""
+def note_launcher_precision(precision: str) -> None:
+    """Print a line if `accelerate launch` names another precision, which has no effect on samples."""
     launcher = launcher_setting("mixed_precision") or "no"
     if launcher not in ("no", precision):
         tell(f"note: accelerate launch says mixed_precision {launcher}, but --precision {precision} counts here")

@@ -1,4 +1,4 @@
-"""Samples to look at: a grid by class, and a folder of PNG files."""
+"""Pictures of samples: a grid by class, and a folder of PNG files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ from generation.sample_file import SampleFile
 def save_grid(
     read: Callable[[int], np.ndarray], labels: np.ndarray, names: Sequence[str], png: Path, per_class: int = 10
 ) -> None:
-    """A picture with one row a class, for up to ten classes: its name and its first images.
+    """A picture with one row per class, for up to ten classes: its name and its first images.
 
     Args:
-        read: gives image i, uint8 (H, H, 3); asked only for those that are shown.
+        read: returns image i, uint8 (H, H, 3); called only for the images that are shown.
         labels: class ids, (N,).
         names: class names by id; the id stands in for a missing name.
         png: where to write.

@@ -1,4 +1,4 @@
-"""The record beside samples: all that is needed to repeat them, and by which a continued run knows its own."""
+"""The record beside samples: all that is needed to repeat them, and to check that a continued run makes the same."""
 
 import argparse
 import json
@@ -13,14 +13,15 @@ from common.files import file_sha256, portable
 from models import checkpoints
 from models.autoencoder import portable_name
 
-# Told in the record, but free to differ; the checkpoint's checksum is that of its metadata too.
-CIRCUMSTANCES = ("checkpoint", "checkpoint_metadata", "autoguidance", "vae", "command", "device")
+# These may differ when a command continues a run: they do not change images, or a checksum decides. The checkpoint's
+# checksum covers its metadata too.
+FREE_TO_DIFFER = ("checkpoint", "checkpoint_metadata", "autoguidance", "vae", "command", "device")
 
 
 def describe_sources(
     options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, guide: checkpoints.Checkpoint | None
 ) -> dict[str, Any]:
-    """The networks' part of the record, which names no place on this machine: checksums tell files apart."""
+    """The networks' part of the record. Checksums identify the files, and no path of this machine is written."""
     metadata = checkpoint.metadata
     if isinstance(metadata.get("vae"), str):
         metadata = {**metadata, "vae": portable_name(metadata["vae"])}
@@ -42,7 +43,7 @@ def describe_sources(
 
 
 def describe_machine(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What decides the rounding, as the record tells it: the kind of device, versions, arithmetic."""
+    """What decides the rounding, for the record: type of device, versions, arithmetic."""
     is_cuda = device.type == "cuda"
     return {
         "device_type": device.type,
@@ -55,13 +56,13 @@ def describe_machine(options: argparse.Namespace, device: torch.device) -> dict[
 
 
 def require_same(record: dict[str, Any], found: dict[str, Any], path: Path, overwrite: bool) -> bool:
-    """Whether what stands at `path`, made as `found` tells, is what `record` asks for.
+    """Whether the samples at `path`, made as the record `found` says, are those that `record` describes.
 
     Raises:
-        UserError: if it is not and may not be replaced, naming the first difference.
+        UserError: if it is not and may not be replaced, with the first difference.
     """
     record = json.loads(json.dumps(record))
-    different = [key for key in record if key not in CIRCUMSTANCES and found.get(key) != record[key]]
+    different = [key for key in record if key not in FREE_TO_DIFFER and found.get(key) != record[key]]
     if different and not overwrite:
         key = different[0]
         was, now = found.get(key, "unknown"), record[key]

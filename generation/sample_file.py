@@ -1,10 +1,10 @@
-"""The `.npz` of samples, written in place: no second copy, memory independent of the number of images.
+"""The `.npz` of samples, written in place: no second copy, and memory does not grow with the number of images.
 
 An uncompressed zip puts the images of `arr_0` at a place that is known before the first image is. So any number of
 processes write theirs straight there, in any order:
 
-    NAME.npz.part         the zip to be, its images at their final places
-    NAME.npz.progress     one line of JSON, what is being made; then one byte a block of images, 1 when it is done
+    NAME.npz.part         the unfinished zip, its images at their final places
+    NAME.npz.progress     one line of JSON, the record; then one byte per block of images, 1 when it is done
 
 The end is one sequential read for the checksum, the labels and the zip's directory, and a rename. All of it is the same
 bytes for the same images: dates are fixed. Images are written by `pwrite`; mapped pages would count as memory.
@@ -29,7 +29,7 @@ READ_AT_ONCE = 1 << 24  # bytes
 
 
 class SampleFile:
-    """The file of samples that is to be, or is, at `npz`. Opens nothing before it is asked to.
+    """The file of samples at `npz`, unfinished or finished. No file is opened before a method needs it.
 
     Args:
         npz: the file when it is complete.
@@ -47,8 +47,8 @@ class SampleFile:
         self.end = self.offset + self.shape[0] * self.image_bytes  # of the last
         self._path, self._file = self.part, None
 
-    def begun(self) -> dict[str, Any] | None:
-        """What an unfinished file of this name was begun as: the record `begin` was given; None if there is no such."""
+    def unfinished_record(self) -> dict[str, Any] | None:
+        """The record that `begin` got for the unfinished file of this name; None if there is no such file."""
         try:
             record = json.loads(self._read_progress()[0])
         except (OSError, ValueError):
@@ -171,7 +171,7 @@ class SampleFile:
         return self._file
 
     def _read_progress(self) -> tuple[bytes, bytes]:
-        """The line that tells what is being made, with its end, and the blocks' bytes."""
+        """The record's line, with its newline, and the blocks' bytes."""
         head, newline, done = self.progress.read_bytes().partition(b"\n")
         return head + newline, done
 

@@ -13,32 +13,55 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
 from common.errors import UserError, first_line
 from common.files import REPOSITORY, named_in_utf8, portable
+from common.sd_vae import SD_VAE
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
-SD_VAE = "stabilityai/sd-vae-ft-ema"
 PIXELS_AT_ONCE = 8 * 512 * 512  # decoding more needs tens of gigabytes with the SD-VAE
-# Of an affine that more than scales, and what each is where it does not.
+# The parts of an affine that do more than scale, with the value at which they do nothing.
 OFF_CENTRE = {"shift_factor": 0, "latents_mean": 0, "latents_std": 1}
+
+
+class Autoencoder(Protocol):
+    """What the project uses of a VAE; diffusers' `AutoencoderKL` has it, and is a `torch.nn.Module`."""
+
+    config: Any  # scaling_factor, latent_channels, block_out_channels, _name_or_path
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode(self, images: torch.Tensor, /) -> Any:
+        """`.latent_dist` of images (N, 3, H, W) in [-1, 1], with `.mean` and `.std`."""
+
+    def decode(self, latents: torch.Tensor, /) -> Any:
+        """`.sample`, images (N, 3, H, W) in [-1, 1] of latents (N, C, h, w) before scaling."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Its weights."""
+
+    def to(self, device: str | torch.device, /) -> "Autoencoder":
+        """Itself, on a device."""
+
+    def eval(self) -> "Autoencoder":
+        """Itself, in evaluation mode."""
+
+    def requires_grad_(self, required: bool, /) -> "Autoencoder":
+        """Itself, frozen or not."""
 
 
 def load_vae(
     name_or_path: str | Path = SD_VAE, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> "AutoencoderKL":
+) -> Autoencoder:
     """The VAE, frozen and in eval mode, from a local folder or by its hub name.
 
     A folder holds `config.json` and `diffusion_pytorch_model.safetensors` (what `save_pretrained` writes). A
     hub name is looked up in the local cache first and downloaded only if it is not there. Only safetensors are
-    read: nothing in the files is executed. Raises `UserError` when it can be had neither way, when its weights are not
-    all those of its configuration and no others, and when its latents are more than scaled.
+    read: nothing in the files is executed. Raises `UserError` when neither works, when its weights are not exactly
+    those of its configuration, and when its latents are more than scaled.
     """
     source = str(name_or_path)
     is_folder = Path(source).is_dir()
@@ -73,8 +96,8 @@ def load_vae(
     return vae.to(device).eval().requires_grad_(False)
 
 
-def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple["AutoencoderKL", dict[str, Any]]:
-    """The VAE, and which tensors its file lacks or has besides; tensors that it lacks have no memory."""
+def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple[Autoencoder, dict[str, Any]]:
+    """The VAE, and which tensors its file lacks or has in addition; those that it lacks have no memory."""
     from diffusers import AutoencoderKL  # a slow import, needed by no other part of the models
 
     with _quiet_diffusers(), named_in_utf8(source) as name:
@@ -87,7 +110,7 @@ def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple["Aut
             output_loading_info=True,
         )
     vae.register_to_config(_name_or_path=source)
-    return vae, loading
+    return cast(Autoencoder, vae), loading
 
 
 def _check_config(config: dict[str, Any], source: str) -> None:
@@ -112,7 +135,7 @@ def _check_config(config: dict[str, Any], source: str) -> None:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without what diffusers and the hub's client print: it is refused, in one line."""
+    """Without the warnings of diffusers and the hub's client: a mistake is reported in one line."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -135,17 +158,17 @@ def portable_name(name: str) -> str:
     return f"{cached[1]}/{cached[2]}" if cached else portable(name)
 
 
-def load_recorded_vae(name: str, sha256: str | None, device: str | torch.device, flag: str) -> "AutoencoderKL":
+def load_recorded_vae(name: str, sha256: str | None, device: str | torch.device, flag: str) -> Autoencoder:
     """The VAE that a dataset or checkpoint names, found by the checksum of its weights where the name does not help.
 
     A name is looked up in the working folder, then in the repository, then as a hub name; a checksum among the VAEs in
     `assets/` and in the hub's cache. Where none has it, the VAE of that name is returned for the caller to compare.
 
     Raises:
-        UserError: if there is no VAE of that name either, naming the `flag` to give one by.
+        UserError: if there is no VAE of that name either, with the `flag` to give one by.
     """
     here = [str(place) for place in (name, REPOSITORY / name) if Path(place).is_dir()]
-    named = mistake = None
+    named, mistake = None, None
     try:
         named = load_vae(here[0] if here else name, device)
     except UserError as error:
@@ -154,12 +177,13 @@ def load_recorded_vae(name: str, sha256: str | None, device: str | torch.device,
         for folder in _folders_of_vaes():
             try:
                 vae = load_vae(folder)
-            except UserError:  # this one is of no use, but was not asked for either
+            except UserError:  # a damaged one, which the user did not name
                 continue
             if weights_sha256(vae) == sha256:
                 return vae.to(device)
-    if mistake is None:
+    if named is not None:
         return named
+    assert mistake is not None
     if here or sha256 is None:
         raise mistake
     raise UserError(
@@ -184,7 +208,7 @@ def _folders_of_vaes() -> Iterable[Path]:
                 yield folder
 
 
-def check_channels(vae: "AutoencoderKL", channels: int, whose: str) -> None:
+def check_channels(vae: Autoencoder, channels: int, whose: str) -> None:
     """Raise `UserError` unless the VAE decodes latents of so many channels; `whose` they are is for the message."""
     if vae.config.latent_channels != channels:
         raise UserError(
@@ -194,8 +218,13 @@ def check_channels(vae: "AutoencoderKL", channels: int, whose: str) -> None:
         )
 
 
-def weights_sha256(vae: "AutoencoderKL") -> str:
-    """Checksum of a VAE's float32 weights: tells VAEs apart whatever path they were loaded from."""
+def reduction(vae: Autoencoder) -> int:
+    """Pixels per latent pixel along each side: every level of the VAE but the last halves the image."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def weights_sha256(vae: Autoencoder) -> str:
+    """Checksum of a VAE's float32 weights: identifies a VAE, wherever it was loaded from."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         sha256.update(name.encode())
@@ -225,13 +254,13 @@ def output_to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_moments(vae: "AutoencoderKL", images: torch.Tensor) -> torch.Tensor:
+def encode_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     """Moments of uint8 images: float32 (N, 2C, H/f, W/f), mean and std stacked, on the VAE's device.
 
     The std is exp(logvar / 2) with diffusers' own clamp of logvar. H and W must be multiples of f.
     """
     height, width = images.shape[1:3] if images.shape[-1] == 3 else images.shape[2:4]
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = reduction(vae)
     if height % factor or width % factor:
         raise UserError(f"images of {height} x {width} px: the VAE needs sides that are multiples of {factor}")
     inputs = pixels_to_input(images.to(vae.device)).to(vae.dtype)
@@ -246,12 +275,12 @@ def sample_latents(moments: torch.Tensor, scaling_factor: float, noise: torch.Te
 
 
 @torch.no_grad()
-def decode(vae: "AutoencoderKL", latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
     """Latents (N, C, h, w), scaled as `sample_latents` returns them, to uint8 images (N, H, W, 3).
 
     Decodes a few images at a time, so that memory does not grow with N.
     """
     latents = (latents.to(vae.device).float() / vae.config.scaling_factor).to(vae.dtype)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = reduction(vae)
     at_once = max(1, PIXELS_AT_ONCE // (factor * factor * latents.shape[-2] * latents.shape[-1]))
     return torch.cat([output_to_pixels(vae.decode(part).sample) for part in latents.split(at_once)])

@@ -1,10 +1,11 @@
 """The DiT/SiT building blocks: embedders, attention, adaLN-Zero blocks and output heads.
 
-Shapes: N images, T tokens an image, D the model's width, C latent channels, p the patch size. Sub-module names follow
+Shapes: N images, T tokens per image, D the model's width, C latent channels, p the patch size. Sub-module names follow
 the checkpoints of DiT, SiT and DeepFlow, so that their weights load without renaming.
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        weight = self.mlp[0].weight
+        weight = cast(nn.Linear, self.mlp[0]).weight
         # Times need float32 even where the network runs in half precision: neighbours 0.01 apart must differ.
         t = t.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         return self.mlp(self.sinusoids(t).to(weight.dtype))
@@ -76,7 +77,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(n, t, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, T, D / heads)
         q, k = self.q_norm(q), self.k_norm(k)
-        # The norms may leave q and k in float32 under autocast, and attention wants one dtype.
+        # The norms may leave q and k in float32 under autocast, and attention needs one dtype.
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(x.transpose(1, 2).reshape(n, t, d))
 

@@ -22,7 +22,7 @@ from .deepflow import DeepFlow
 from .imports import infer_config, read_official
 
 HEADER = "deepflow"  # the entry of a safetensors header that holds configuration and metadata
-EMA_NAME = "ema.safetensors"  # what a folder is searched for
+EMA_NAME = "ema.safetensors"  # the file that a folder of weights is searched for
 
 
 class Checkpoint(NamedTuple):
@@ -30,7 +30,7 @@ class Checkpoint(NamedTuple):
 
     config: dict[str, Any]  # arguments of DeepFlow
     weights: dict[str, Tensor]
-    metadata: dict[str, Any]  # what the writer said of it: step, path_type, vae, ...; official files: path_type at most
+    metadata: dict[str, Any]  # as it was saved: step, path_type, vae, ...; in official files path_type at most
 
 
 def save(
@@ -39,7 +39,7 @@ def save(
     """Write weights, architecture and JSON-able metadata into one safetensors file, aside and then renamed.
 
     Raises:
-        OSError: naming the file, if it cannot be written, for example on a full disk.
+        OSError: with the file's name, if it cannot be written, for example on a full disk.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     # One entry: safetensors writes several in random order, and equal checkpoints would differ in their bytes.
@@ -59,10 +59,10 @@ def load(path: str | Path, **overrides: Any) -> DeepFlow:
 
     Args:
         path: a `.safetensors` of ours, a folder that holds `ema.safetensors`, or an official `.pt`.
-        overrides: `DeepFlow` arguments that the file does not tell, or tells wrongly.
+        overrides: `DeepFlow` arguments that are missing or wrong in the file.
 
     Raises:
-        UserError: for a missing or damaged file, an architecture that cannot be told, or weights that do not fit it.
+        UserError: for a missing or damaged file, an architecture that cannot be inferred, or weights of another one.
     """
     checkpoint = read(path, **overrides)
     return build(checkpoint, str(path))
@@ -87,7 +87,7 @@ def build(checkpoint: Checkpoint, name: str) -> DeepFlow:
 def read(path: str | Path, fallbacks: Mapping[str, Any] | None = None, **overrides: Any) -> Checkpoint:
     """A checkpoint's architecture, EMA weights and metadata; see `load`.
 
-    `fallbacks` are `DeepFlow` arguments that count only where the file is silent, and None counts as not given.
+    `fallbacks` are `DeepFlow` arguments for what the file does not give; None counts as not given.
     """
     path = file_of(path)
     fallbacks = {key: value for key, value in (fallbacks or {}).items() if value is not None}

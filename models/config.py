@@ -10,7 +10,7 @@ from common.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal as mappings are
 class Architecture(Mapping[str, Any]):
-    """What a `DeepFlow` is made of. As a mapping, it is what a checkpoint's JSON holds: `dict(architecture)`.
+    """The sizes and options of a `DeepFlow`. As a mapping, it is the JSON of a checkpoint: `dict(architecture)`.
 
     Attributes:
         hidden_size: width D of the tokens, a multiple of 4 and of `num_heads`.
@@ -52,8 +52,7 @@ class Architecture(Mapping[str, Any]):
         if self.input_size % self.patch_size:
             raise UserError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}")
         object.__setattr__(self, "df_idxs", check_branch_ends(self.df_idxs, self.depth))
-        widths = check_alignment(self.ssl_dim, self.repa_depth, self.num_branches, self.depth)
-        object.__setattr__(self, "ssl_dim", widths)
+        object.__setattr__(self, "ssl_dim", self.ssl_widths)
 
     @property
     def num_branches(self) -> int:
@@ -64,6 +63,11 @@ class Architecture(Mapping[str, Any]):
     def branches(self) -> list[tuple[int, int]]:
         """The first block of each branch, and the one after its last."""
         return list(pairwise([0, *self.df_idxs, self.depth]))
+
+    @property
+    def ssl_widths(self) -> tuple[int, ...]:
+        """`ssl_dim` as a tuple: one width per SSL encoder, () for none."""
+        return check_alignment(self.ssl_dim, self.repa_depth, self.num_branches, self.depth)
 
     @property
     def tokens_per_side(self) -> int:

@@ -25,9 +25,9 @@ from .vera import VeRABlock
 
 
 class DeepFlowOutput(NamedTuple):
-    """What a training forward returns. Images are (N, C, H, W), projections (N, T, z) with z of `ssl_dim`."""
+    """The outputs of a training forward. Images are (N, C, H, W), projections (N, T, z) with z of `ssl_dim`."""
 
-    velocities: tuple[Tensor, ...]  # k, the last one is the model's answer
+    velocities: tuple[Tensor, ...]  # k, the last one is the model's prediction
     accelerations: tuple[Tensor, ...]  # k - 1
     projections: tuple[Tensor, ...]  # of each place of alignment, those for all encoders in the order of `ssl_dim`
 
@@ -51,7 +51,7 @@ class DeepFlow(nn.Module):
         if decoder_width not in (None, hidden_size):
             raise UserError(f"decoder_hidden_size {decoder_width} must equal hidden_size {hidden_size}")
         self.num_classes, self.num_branches = config.num_classes, config.num_branches
-        self.checkpoint_activations = False  # compute blocks again in the backward, rather than keep what they made
+        self.checkpoint_activations = False  # compute blocks again in the backward instead of keeping their activations
         gaps = self.num_branches - 1
 
         self.x_embedder = PatchEmbed(patch_size, config.in_channels, hidden_size)
@@ -71,31 +71,34 @@ class DeepFlow(nn.Module):
             )
             self.final_acc_layer = OutputHead(hidden_size, patch_size, config.in_channels)
         # Projector i * E + e is for encoder e of E: after VeRA block i, or, with one branch, after block `repa_depth`.
-        if config.ssl_dim:
-            widths = config.ssl_dim * max(gaps, 1)
+        if config.ssl_widths:
+            widths = config.ssl_widths * max(gaps, 1)
             self.projectors = nn.ModuleList(ssl_projector(hidden_size, config.projector_dim, width) for width in widths)
         self.initialize()
 
     def initialize(self) -> None:
-        """Xavier-uniform linear maps, N(0, 0.02^2) embeddings, and zeros where adaLN-Zero wants an identity."""
+        """Xavier-uniform linear maps, N(0, 0.02^2) embeddings, and zeros where adaLN-Zero starts as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):  # the patchify map, initialised as the Linear it is
                 nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.MultiheadAttention):
                 nn.init.xavier_uniform_(module.in_proj_weight)
-                nn.init.zeros_(module.in_proj_bias)
+                if module.in_proj_bias is not None:
+                    nn.init.zeros_(module.in_proj_bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, TimestepEmbedder):
-                nn.init.normal_(module.mlp[0].weight, std=0.02)
-                nn.init.normal_(module.mlp[2].weight, std=0.02)
-            if hasattr(module, "adaLN_modulation"):
-                nn.init.zeros_(module.adaLN_modulation[1].weight)
+                for layer in (module.mlp[0], module.mlp[2]):
+                    nn.init.normal_(layer.get_parameter("weight"), std=0.02)
+            modulation = getattr(module, "adaLN_modulation", None)
+            if modulation is not None:
+                nn.init.zeros_(modulation[1].weight)
             if isinstance(module, OutputHead):
                 nn.init.zeros_(module.linear.weight)
 
@@ -122,9 +125,9 @@ class DeepFlow(nn.Module):
         return [*self.final_layer, *([self.final_acc_layer] if self.num_branches > 1 else [])]
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> DeepFlowOutput:
-        """All branches' answers for noisy latents `x` (N, C, H, W) and class ids `condition` (N,) in [0, num_classes].
+        """All branches' outputs for noisy latents `x` (N, C, H, W) and class ids `condition` (N,) in [0, num_classes].
 
-        `t` is one time an image, (N,), or one an image and branch, (k, N), in [0, 1].
+        `t` is one time per image, (N,), or one per branch and image, (k, N), in [0, 1].
         """
         return self._run(x, t, condition, last_only=False)
 
@@ -142,22 +145,24 @@ class DeepFlow(nn.Module):
 
         x_tokens = self.x_embedder(x) + self.pos_embed
         tokens = x_tokens
-        output = DeepFlowOutput([], [], [])
+        velocities: list[Tensor] = []
+        accelerations: list[Tensor] = []
+        projections: list[Tensor] = []
         for i, (first, end) in enumerate(self.config.branches):
             for depth, block in enumerate(self.blocks[first:end], start=first + 1):
                 tokens = self._through(block, tokens, conditions[i])
                 if depth == self.config.repa_depth and not last_only:
-                    output.projections.extend(self._project(tokens, place=0))
+                    projections.extend(self._project(tokens, place=0))
             if i == self.num_branches - 1:
-                output.velocities.append(self._image(self.final_layer[-1], tokens, conditions[i]))
+                velocities.append(self._image(self.final_layer[-1], tokens, conditions[i]))
                 break
             if not last_only:
-                output.velocities.append(self._image(self.final_layer[0], tokens, conditions[i]))
+                velocities.append(self._image(self.final_layer[0], tokens, conditions[i]))
             tokens, acceleration = self._through(self.df_blocks[i], tokens, x_tokens, gap_embeddings[i])
             if not last_only:
-                output.accelerations.append(self._image(self.final_acc_layer, acceleration, conditions[i]))
-                output.projections.extend(self._project(tokens, place=i))
-        return DeepFlowOutput(*map(tuple, output))
+                accelerations.append(self._image(self.final_acc_layer, acceleration, conditions[i]))
+                projections.extend(self._project(tokens, place=i))
+        return DeepFlowOutput(tuple(velocities), tuple(accelerations), tuple(projections))
 
     def _through(self, block: nn.Module, *inputs: Tensor) -> Any:
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -165,11 +170,11 @@ class DeepFlow(nn.Module):
         return block(*inputs)
 
     def _project(self, tokens: Tensor, place: int) -> list[Tensor]:
-        """Projections of the tokens (N, T, D) at one place of alignment, one an encoder, each (N, T, z)."""
-        encoders = len(self.config.ssl_dim)
+        """Projections of the tokens (N, T, D) at one place of alignment, one per encoder, each (N, T, z)."""
+        encoders = len(self.config.ssl_widths)
         return [self.projectors[place * encoders + e](tokens) for e in range(encoders)]
 
-    def _image(self, head: OutputHead, tokens: Tensor, condition: Tensor) -> Tensor:
+    def _image(self, head: nn.Module, tokens: Tensor, condition: Tensor) -> Tensor:
         return unpatchify(head(tokens, condition), self.config.patch_size)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of others: the official release's `.pt`, its architecture read off shapes and flags.
+"""Checkpoints of others: the official release's `.pt`, its architecture inferred from shapes and flags.
 
 Nothing in a file is ever executed: `torch.load(weights_only=True)` with `argparse.Namespace`, the one class the
 official files contain, allowed.
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from common.errors import UserError
 
-from .presets import SIZES, equal_branches
+from .presets import REPA_DEPTH, SIZES, equal_branches
 
-REPA_DEPTH = 8  # blocks after which REPA aligns
 HEADS_OF_WIDTH = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 
 
@@ -30,7 +29,7 @@ def read_official(
     It is a dict with `ema` (else `model`) weights and the release's flags in `args`.
 
     Raises:
-        UserError: for a damaged file, one of another kind, or an architecture that cannot be told.
+        UserError: for a damaged file, one of another kind, or an architecture that cannot be inferred.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -47,9 +46,9 @@ def read_official(
         )
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
     flags = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-    told = {**fallbacks, **{key: value for key, value in flags.items() if value is not None}}
+    known = {**fallbacks, **{key: value for key, value in flags.items() if value is not None}}
     metadata = {"path_type": flags["path_type"]} if "path_type" in flags else {}
-    return infer_config(weights, told, overrides, str(path)), weights, metadata
+    return infer_config(weights, known, overrides, str(path)), weights, metadata
 
 
 def infer_config(
@@ -57,9 +56,9 @@ def infer_config(
 ) -> dict[str, Any]:
     """The architecture of official-format weights.
 
-    Sizes are read off the shapes. What shapes cannot tell comes from `overrides`, else from the official release's
-    `flags`: number of heads (else by width, as in the paper's family), df_idxs (else equal branches), legacy_scaling,
-    and the repa_depth of an aligned SiT (else REPA's own).
+    Sizes are inferred from the shapes. What they do not determine comes from `overrides`, else from the official
+    release's `flags`: number of heads (else by width, as in the paper's family), df_idxs (else equal branches),
+    legacy_scaling, and the repa_depth of an aligned SiT (else REPA's own).
     """
     try:
         hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
@@ -77,9 +76,9 @@ def infer_config(
     except KeyError as error:
         raise UserError(f"{name} has {projectors} projectors, but no tensor {error}") from error
     hidden = weights.get("df_blocks.0.acc_mlp.0.weight", weights.get("projectors.0.0.weight"))
-    told = {**flags, **{key: value for key, value in overrides.items() if value is not None}}
+    known = {**flags, **{key: value for key, value in overrides.items() if value is not None}}
 
-    df_idxs = told.get("df_idxs")
+    df_idxs = known.get("df_idxs")
     if isinstance(df_idxs, str):
         df_idxs = [int(number) for number in re.findall(r"-?\d+", df_idxs)]
     if df_idxs is None:
@@ -88,10 +87,10 @@ def infer_config(
         raise UserError(
             f"{name} has {gaps} VeRA blocks, but df_idxs is {list(df_idxs)}: give {gaps} entries (--df-idxs)"
         )
-    num_heads = told.get("num_heads", HEADS_OF_WIDTH.get(hidden_size))
+    num_heads = known.get("num_heads", HEADS_OF_WIDTH.get(hidden_size))
     if num_heads is None:
         raise UserError(f"{name} has width {hidden_size}, which is none of the paper's: give num_heads as well")
-    aligned_at_a_block = dict(repa_depth=told.get("repa_depth", REPA_DEPTH)) if ssl_dims and not gaps else {}
+    aligned_at_a_block = dict(repa_depth=known.get("repa_depth", REPA_DEPTH)) if ssl_dims and not gaps else {}
     return dict(
         hidden_size=hidden_size,
         depth=depth,
@@ -99,7 +98,7 @@ def infer_config(
         num_classes=num_classes,
         projector_dim=2048 if hidden is None else hidden.shape[0],
         df_idxs=list(df_idxs),
-        legacy_scaling=bool(told.get("legacy_scaling", False)),
+        legacy_scaling=bool(known.get("legacy_scaling", False)),
         qk_norm="blocks.0.attn.q_norm.weight" in weights,
         input_size=round(tokens**0.5) * patch_size,
         patch_size=patch_size,

@@ -7,8 +7,8 @@ from torch import nn
 def cast_products(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Keep the weights of all matrix products in `dtype`, in place; embeddings and norms stay as they are.
 
-    Autocast casts these weights at every call where no gradients are wanted, to the same values: under it the network's
-    answers stay the same bits, in less time and memory.
+    Without gradients, autocast casts these weights to the same values at every call: the network's outputs stay the
+    same bits, in less time and memory.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, unknown_name
 
 from .deepflow import DeepFlow
 
@@ -16,6 +16,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "L": dict(hidden_size=1024, num_heads=16, sit_depth=24, deepflow_depth=24, branches=2, projector_dim=2048),
     "XL": dict(hidden_size=1152, num_heads=16, sit_depth=28, deepflow_depth=24, branches=3, projector_dim=2048),
 }
+REPA_DEPTH = 8  # the block after which REPA aligns a SiT
 NAME = re.compile(r"(?P<kind>DeepFlow|SiT)-(?P<size>[A-Za-z]+)/2(?:-(?P<branches>\d+)T)?")
 
 
@@ -37,12 +38,13 @@ def model_config(name: str, **overrides: Any) -> dict[str, Any]:
     size's own k. A SiT has one branch.
 
     Raises:
-        UserError: for an unknown name, or branches asked of a SiT.
+        UserError: for an unknown name, or more than one branch in a SiT.
     """
     match = NAME.fullmatch(name)
     if match is None or match["size"] not in SIZES or (match["kind"] == "SiT" and match["branches"]):
-        known = ", ".join(f"{kind}-{size}/2" for kind in ("DeepFlow", "SiT") for size in SIZES)
-        raise UserError(f"unknown model {name!r}: choose one of {known} (--model)")
+        raise unknown_name(
+            "model", name, (f"{kind}-{size}/2" for kind in ("DeepFlow", "SiT") for size in SIZES), "--model"
+        )
     preset = SIZES[match["size"]]
     given = {key: value for key, value in overrides.items() if value is not None}
     is_sit = match["kind"] == "SiT"

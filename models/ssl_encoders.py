@@ -11,14 +11,14 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, first_line, unknown_name
 from common.files import named_in_utf8
 
 from .checkpoints import describe_mismatch
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 RANDOM = "random"  # in place of a weights file: untrained weights, the same every time
 RANDOM_SEED = 0
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-MOCO_PREFIX = "module.base_encoder."  # of the encoder in the files of MoCo v3, beside its momentum twin
+MOCO_PREFIX = "module.base_encoder."  # of the encoder in files of MoCo v3, which also hold its momentum copy
 
 
 class Recipe(NamedTuple):
-    """How an encoder is made of a network of timm."""
+    """How to make an encoder from a network of timm."""
 
     timm_name: str
     options: Mapping[str, Any] = MappingProxyType({})  # where timm's own are for other weights of this network
@@ -78,6 +78,9 @@ class SSLEncoder(nn.Module):
         dtype: precision it runs in; anything but float32 by autocast.
     """
 
+    mean: Tensor  # (3, 1, 1), of pixels in [0, 1]
+    std: Tensor
+
     def __init__(self, vit: "VisionTransformer", final_norm: bool = True, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.vit, self.dtype = vit, dtype
@@ -86,8 +89,9 @@ class SSLEncoder(nn.Module):
         self.tokens_a_side = vit.patch_embed.grid_size[0]
         self.input_size = vit.patch_embed.img_size[0]
         self.width: int = vit.embed_dim
+        normalisation: Any = vit.pretrained_cfg
         for name in ("mean", "std"):
-            value = torch.tensor(vit.pretrained_cfg[name], device="cpu").reshape(3, 1, 1)
+            value = torch.tensor(normalisation[name], device="cpu").reshape(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
         self.requires_grad_(False)
         self.train(False)
@@ -135,7 +139,7 @@ def load_encoder(
         dtype: precision it runs in.
 
     Raises:
-        UserError: for a name that is not known, or weights that cannot be had or do not belong to it.
+        UserError: for a name that is not known, or weights that cannot be loaded or are of another network.
     """
     recipe = _recipe(name)
     if weights is None and not recipe.hub:
@@ -155,10 +159,7 @@ def _recipe(name: str) -> Recipe:
     if name.startswith("timm:"):
         return Recipe(name.removeprefix("timm:"))
     if name not in ENCODERS:
-        raise UserError(
-            f"unknown encoder {name!r}: choose one of {', '.join(ENCODERS)}, or timm:NAME for another ViT of timm "
-            "(--enc-type)"
-        )
+        raise unknown_name("encoder", name, [*ENCODERS, "or timm:NAME for another ViT of timm"], "--enc-type")
     return ENCODERS[name]
 
 
@@ -171,34 +172,34 @@ def _create(recipe: Recipe, pretrained: bool = False, **options: Any) -> nn.Modu
 
 
 def _one_block(name: str, recipe: Recipe) -> "VisionTransformer":
-    """The network cut down to one block: quick to make, and it tells all but the depth."""
+    """The network cut down to one block: quick to make, and with all properties but the depth."""
     from timm.models.vision_transformer import VisionTransformer
 
     try:
         vit = _create(recipe, depth=1)
     except Exception as error:  # timm raises several kinds for what it does not know
-        raise UserError(f"timm cannot make a ViT {recipe.timm_name} ({_first_line(error)}) (--enc-type)") from error
+        raise UserError(f"timm cannot make a ViT {recipe.timm_name} ({_reason(error)}) (--enc-type)") from error
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"{name} is a {type(vit).__name__}, expected a ViT of timm's plain kind (--enc-type)")
     return vit
 
 
 def _build(name: str, recipe: Recipe, tokens_a_side: int, pretrained: bool) -> "VisionTransformer":
-    """The network for images that give `tokens_a_side` tokens a side, with timm's weights or with random ones."""
+    """The network for images that give `tokens_a_side` tokens per side, with timm's weights or with random ones."""
     img_size = tokens_a_side * _one_block(name, recipe).patch_embed.patch_size[0]
     try:
-        return _create(recipe, pretrained, img_size=img_size)
+        return cast("VisionTransformer", _create(recipe, pretrained, img_size=img_size))
     except Exception as error:  # of the hub's client, the network, damaged files
         if not pretrained:
             raise
         raise UserError(
-            f"cannot get the weights of {name} ({recipe.timm_name}) from the hub or its cache: {_first_line(error)}; "
+            f"cannot get the weights of {name} ({recipe.timm_name}) from the hub or its cache: {_reason(error)}; "
             "give a local file (--enc-weights)"
         ) from error
 
 
 def require_weights(weights: str | Path) -> None:
-    """Raise `UserError` unless `weights`, as `load_encoder` takes them, are `random` or a file that is there."""
+    """Raise `UserError` unless `weights`, an argument of `load_encoder`, is `random` or an existing file."""
     if weights != RANDOM and not Path(weights).is_file():
         raise UserError(
             f"no weights file {weights}: give a local file, or {RANDOM} for untrained weights (--enc-weights)"
@@ -220,7 +221,7 @@ def _load_file(vit: "VisionTransformer", file: Path, name: str) -> None:
         given = {key: tuple(tensor.shape) for key, tensor in content.items()}
     except Exception as error:  # of readers, and of resampling what is no position embedding
         raise UserError(
-            f"{file} cannot be read as the weights of {name} ({_first_line(error)}): expected timm's or its makers' "
+            f"{file} cannot be read as the weights of {name} ({_reason(error)}): expected timm's or its makers' "
             "file of this very encoder, as safetensors or as a torch file of weights alone (--enc-weights)"
         ) from error
     expected = {key: tuple(tensor.shape) for key, tensor in vit.state_dict().items()}
@@ -243,5 +244,6 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError("no torch file, or one that holds more than weights") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """What an error says, to stand inside a sentence."""
+    return first_line(error).rstrip(".")

@@ -1,8 +1,8 @@
-"""The VeRA block (velocity refiner with acceleration): what joins one branch to the next (paper, Eq. 6-9).
+"""The VeRA block (velocity refiner with acceleration): it connects one branch to the next (paper, Eq. 6-9).
 
-A branch ends in velocity features v* (N, T, D). The block predicts an acceleration feature from them, mixes both as far
-as the time gap to the next branch asks for, and lets the input tokens of the first branch read the result. The outcome
-replaces the token stream.
+A branch ends in velocity features v* (N, T, D). The block predicts an acceleration feature from them, mixes both
+under the modulation of the time gap to the next branch, and lets the input tokens of the first branch attend to the
+result. The output replaces the token stream.
 """
 
 import torch

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python prepr
 from common.errors import OneLineParser, UserError, exits_on_user_error, memory_told
 from common.flags import PRECISIONS
 from common.processes import usable_device
+from common.sd_vae import SD_VAE
 from evaluation.features import load_extractor
 from preprocessing.convert import convert, describe
 from preprocessing.encode import encode
@@ -33,7 +34,6 @@ from preprocessing.pack import pack
 from preprocessing.pixels import TRANSFORMS
 from preprocessing.stats import write_reference
 from preprocessing.verify import info, verify
-from storage.official import SD_VAE
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

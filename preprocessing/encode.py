@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,15 +11,12 @@ import torch
 from common.errors import UserError
 from common.files import only_writer
 from common.processes import Processes, joined_processes, progress_bar
-from models.autoencoder import encode_moments, load_vae, portable_name, weights_sha256
+from models.autoencoder import Autoencoder, encode_moments, load_vae, portable_name, reduction, weights_sha256
 from preprocessing.images import SourceImages, list_images, tell_passed_over, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
 from storage.file_store import FileStore, read_image
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 def encode(
@@ -72,19 +68,17 @@ def encode(
                 print(f"{dest} is complete ({len(images.names)} samples): nothing to do")
 
 
-def _manifest(
-    images: SourceImages, vae: "AutoencoderKL", vae_name: str, dtype: str, flip: bool, with_images: bool
-) -> dict:
+def _manifest(images: SourceImages, vae: Autoencoder, vae_name: str, dtype: str, flip: bool, with_images: bool) -> dict:
     resolution = images.read(0).shape[0]
-    reduction = 2 ** (len(vae.config.block_out_channels) - 1)  # 8 for the SD-VAE
-    if resolution % reduction:
-        raise UserError(f"images are {resolution} pixels high, {vae_name} needs a multiple of {reduction}: resize them")
+    factor = reduction(vae)
+    if resolution % factor:
+        raise UserError(f"images are {resolution} pixels high, {vae_name} needs a multiple of {factor}: resize them")
     return packed_manifest(
         images.names,
         images.labels,
         images.class_names,
         resolution=resolution,
-        latent_shape=(2 * vae.config.latent_channels, resolution // reduction, resolution // reduction),
+        latent_shape=(2 * vae.config.latent_channels, resolution // factor, resolution // factor),
         dtype=dtype,
         vae=portable_name(vae_name),
         vae_sha256=weights_sha256(vae),

@@ -7,13 +7,14 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import only_writer
+from common.sd_vae import SD_VAE
 from models.autoencoder import portable_name
 from preprocessing.images import SourceImages, list_images, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
 from storage.file_store import LABELS, read_image
-from storage.official import SD_VAE, FileLatents, image_folder, pairing_name
+from storage.official import FileLatents, image_folder, pairing_name
 
 
 def pack(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Samples a checkpoint, and scores the samples if there is a reference:
 #   bash script/eval.sh CKPT REF.npz [flags of generate.py]
-# EVAL_FLAGS="--inception-weights FILE --cache DIR" are flags of evaluate.py. Interrupted, the same command goes on.
+# EVAL_FLAGS="--inception-weights FILE --cache DIR" are flags of evaluate.py. After an interruption, the same command continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -11,14 +11,12 @@ from posixpath import splitext
 import numpy as np
 
 from common.errors import UserError
+from common.sd_vae import SD_CHANNELS, SD_REDUCTION, SD_SCALING_FACTOR, SD_VAE
 from storage.file_store import LABELS, FileStore, load_npy, read_image, read_labels
 from storage.image_files import IMAGE_SUFFIXES
 
 # The layout of the official release records no VAE: it is the SD-VAE's, whatever wrote it.
-SD_VAE = "stabilityai/sd-vae-ft-ema"
-SD_SCALING_FACTOR = 0.18215
-SD_REDUCTION = 8  # pixels a latent
-SD_CHANNELS = 8  # of its moments: mean and std of four
+MOMENTS = 2 * SD_CHANNELS  # channels of a file: mean and std, stacked
 
 
 def pairing_name(name: str) -> str:
@@ -64,11 +62,11 @@ class FileLatents:
             raise UserError(f"{self.path / LABELS} lists {found}, expected .npy files of moments: encode images first")
         first = self._load(self.names[0])
         self.latent_shape, self.dtype = first.shape, first.dtype
-        if len(first.shape) != 3 or len(first) != SD_CHANNELS or first.dtype.kind != "f":
-            drawn = " (latents already drawn?)" if len(first.shape) == 3 and len(first) == SD_CHANNELS // 2 else ""
+        if len(first.shape) != 3 or len(first) != MOMENTS or first.dtype.kind != "f":
+            drawn = " (latents already drawn?)" if len(first.shape) == 3 and len(first) == SD_CHANNELS else ""
             raise UserError(
                 f"{self.path / self.names[0]} holds {first.shape} {first.dtype}{drawn}, expected moments "
-                f"({SD_CHANNELS}, h, w) of the SD-VAE, mean and std stacked: encode the images again"
+                f"({MOMENTS}, h, w) of the SD-VAE, mean and std stacked: encode the images again"
             )
         self.read(0)
         listed = json.dumps([self.names, self.labels.tolist()]).encode()
@@ -110,10 +108,10 @@ class FileLatents:
                 f"{self.path / self.names[index]} holds {moments.shape} {moments.dtype}, but {self.names[0]} "
                 f"{self.latent_shape} {self.dtype}: bring all to one size and type"
             )
-        if (moments[SD_CHANNELS // 2 :] < 0).any():
+        if (moments[SD_CHANNELS:] < 0).any():
             raise UserError(
-                f"{self.path / self.names[index]} has a negative std in its last {SD_CHANNELS // 2} channels, expected "
-                f"moments ({SD_CHANNELS}, h, w) of the SD-VAE, mean and std stacked: encode the images again"
+                f"{self.path / self.names[index]} has a negative std in its last {SD_CHANNELS} channels, expected "
+                f"moments ({MOMENTS}, h, w) of the SD-VAE, mean and std stacked: encode the images again"
             )
         return moments
 

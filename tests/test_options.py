@@ -16,6 +16,7 @@ from common.errors import UserError
 from models import checkpoints
 from training import options as train_options
 from training.options import build_parser, parse_options
+from training.plan import make_plan
 
 # Flags that change the numbers of a run, with a value that must.
 CHANGING = {
@@ -43,7 +44,7 @@ CHANGING = {
 NEUTRAL = {
     "--activation-checkpointing": ((), "models.deepflow.checkpoint"),
     "--compile": ((), "torch.nn.Module.compile"),
-    "--fused-attn": (("--no-fused-attn",), "train.sdpa_kernel"),
+    "--fused-attn": (("--no-fused-attn",), "training.build.sdpa_kernel"),
     "--data-on-device": ((), "train.DeviceLatents"),
     "--num-workers": (("2",), "dataset.ThreadPoolExecutor"),
     "--gradient-accumulation-steps": (("2",), None),  # test_accumulation_changes_nothing_but_memory
@@ -218,6 +219,19 @@ def test_mistakes_are_one_line_and_write_nothing(command, tmp_path, monkeypatch,
     assert exit.value.code == 2
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_has_resolved_options_that_nothing_can_change(command):
+    given = parse_options(command())
+    before = dict(vars(given))
+    options = make_plan(given, 1, torch.device("cpu")).options
+    assert vars(given) == before and given.mixed_precision is None
+    assert options.mixed_precision == "no" and None not in (options.resolution, options.num_classes)
+    assert list(vars(options)) == list(before)  # options.json keeps its order
+    with pytest.raises(AttributeError, match="resolved options cannot be changed: seed"):
+        options.seed = 1
+    with pytest.raises(AttributeError, match="resolved options cannot be changed: seed"):
+        del options.seed
 
 
 def test_sharding_with_a_torch_that_cannot_is_refused(start, tmp_path, monkeypatch):

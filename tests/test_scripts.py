@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from training.options import parse_options
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("script/**/*.sh"))
 
@@ -28,7 +30,7 @@ def test_scripts_parse(script):
 def test_a_dry_run_needs_neither_data_nor_gpu(tmp_path):
     done = bash("script/xlarge/train.sh", "--dry-run", "--tg-upper-bound", "0.02", DATA_DIR=str(tmp_path / "none"))
     assert done.returncode == 2
-    for fact in ("681.6 M parameters", "119.8 GMAC", "5004.6 steps an epoch", "memory", "files", "'df_idxs': [8, 16]"):
+    for fact in ("681.6 M parameters", "119.8 GMAC", "5004.6 steps per epoch", "memory", "files", "'df_idxs': [8, 16]"):
         assert fact in done.stdout
     assert len(done.stderr.splitlines()) == 1 and f"no dataset folder {tmp_path / 'none'}" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -48,6 +50,27 @@ def test_launch_runs_one_process_of_a_launcher_that_is_there_already(tmp_path):
     (tmp_path / "show.py").write_text("import os; print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])")
     done = bash("script/launch.sh", tmp_path / "show.py", WORLD_SIZE="16", RANK="3", ACCELERATE_CONFIG="none")
     assert done.stdout == "3 of 16\n"
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large", "xlarge"])
+def test_every_size_trains_by_the_shared_recipe(tmp_path, size):
+    """The flags that the script gives, read by train.py's own parser; those given to the script come last."""
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "${@:2}"\n')
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    line = ["bash", f"script/{size}/train.sh", "--seed", "5"]
+    done = subprocess.run(line, cwd=ROOT, env={**os.environ, "PATH": path, "WORLD_SIZE": "1"}, capture_output=True,
+                          text=True, timeout=60, check=True)  # fmt: skip
+    options = parse_options(done.stdout.splitlines())
+    paper = {  # Table 8: model, depth, ends of branches
+        "small": ("DeepFlow-S/2", 12, [6]),
+        "base": ("DeepFlow-B/2", 12, [6]),
+        "large": ("DeepFlow-L/2", 24, [12]),
+        "xlarge": ("DeepFlow-XL/2", 24, [8, 16]),
+    }
+    assert (options.model, options.trans_depth, options.df_idxs) == paper[size]
+    assert options.exp_name == f"{size}-{len(options.df_idxs) + 1}t" and options.seed == 5
+    assert (options.batch_size, options.max_train_steps, options.tg_upper_bound) == (256, 400_000, 0.01)
 
 
 def test_train_says_in_one_line_what_is_missing(tmp_path):

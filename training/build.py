@@ -1,12 +1,14 @@
-"""What a run is made of, from its options: network, averages, objective, optimizer, SSL encoders, loss scale."""
+"""The parts of a run, from its options: network, averages, objective, optimizer, SSL encoders, loss scale."""
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
 from common.flags import PRECISIONS
@@ -28,16 +30,17 @@ class Models(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def build_models(
-    options: argparse.Namespace, plan: Plan, saved: run_state.TrainingState | None, device: torch.device
-) -> Models:
+def build_models(plan: Plan, saved: run_state.TrainingState | None, device: torch.device) -> Models:
     """Network, averages and optimizer on all processes, as initialised or as `saved`."""
+    options = plan.options
     torch.manual_seed(options.seed)  # the initial weights are the only use of the global generator
     network = build_network(options, plan.data, plan.features)
     network.checkpoint_activations = options.activation_checkpointing
     if saved:
         network.load_state_dict(saved.model)
-    if not parallel.is_sharded():  # else seed or file alone make it the same everywhere: no device has to hold all
+    if (
+        not parallel.is_sharded()
+    ):  # sharded, seed or file make it the same everywhere, and no device has to hold all of it
         parallel.synchronise(network.to(device))  # before anything is copied from it, so that all averages start equal
     emas = averages(network, options.ema_decay, options.ema_std)
     for name, ema in emas.items() if saved else ():
@@ -89,12 +92,13 @@ def build_loss_scale(precision: str) -> guard.LossScale:
     return guard.LossScale(dynamic=precision == "fp16")
 
 
-def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialState) -> list[nn.Module]:
-    """The SSL encoders that look at the images, none where their features are at hand.
+def load_encoders(plan: Plan, processes: PartialState) -> list[nn.Module]:
+    """The SSL encoders of images; none without alignment, or where packed features take their place.
 
     Raises:
-        UserError: if their weights cannot be had.
+        UserError: if their weights cannot be loaded.
     """
+    options = plan.options
     if not options.ssl_align or plan.features:
         return []
     dtype = PRECISIONS[options.mixed_precision]
@@ -104,23 +108,26 @@ def load_encoders(options: argparse.Namespace, plan: Plan, processes: PartialSta
         try:
             for name, file in zip(options.enc_type, files, strict=True):
                 encoders.append(load_encoder(name, plan.config.tokens_per_side, file, processes.device, dtype))
-        except UserError as error:  # raised only after the others, who wait for this process, have made it too
+        except UserError as error:  # raised only after the processes that wait for this one have made it too
             mistake = error
     if mistake:
         raise mistake
     return encoders
 
 
-def load_previews(
-    options: argparse.Namespace, plan: Plan, processes: PartialState
-) -> Callable[..., dict[str, float]] | None:
-    """What draws the previews, None where none are wanted.
+def attention_kernels(options: argparse.Namespace) -> AbstractContextManager:
+    """Which kernels attention may use: any, or without `--fused-attn` only the softmax written out."""
+    return nullcontext() if options.fused_attn else sdpa_kernel([SDPBackend.MATH])
+
+
+def load_previews(plan: Plan, processes: PartialState) -> Callable[..., dict[str, float]] | None:
+    """The function that writes previews; None without `--preview-every`.
 
     Raises:
-        UserError: if their autoencoder or reference cannot be had.
+        UserError: if their autoencoder or reference cannot be loaded.
     """
-    if not options.preview_every:
+    if not plan.options.preview_every:
         return None
-    from training.previews import Previews  # brings a VAE and a feature network: slow to import, seldom wanted
+    from training.previews import Previews  # imports diffusers and feature networks: slow, and rarely needed
 
-    return Previews(options, plan.data, processes.device, processes.process_index, processes.num_processes)
+    return Previews(plan.options, plan.data, processes.device, processes.process_index, processes.num_processes)

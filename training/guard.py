@@ -1,8 +1,8 @@
-"""What keeps a run sound: the verdict on each step, the loss scale of fp16, and the scheduler's signals.
+"""What protects a run: the verdict on each step, the loss scale of fp16, and the scheduler's signals.
 
 A step's verdict is a few numbers, the same on all processes. The device computes them and lets the optimizer's kernel
-apply the step only if all are finite; the host reads them while the device is busy with the next step, and so is never
-waited for.
+apply the step only if all are finite; the host reads them while the device works on the next step, so that the
+device never waits for the host.
 """
 
 import errno
@@ -25,7 +25,7 @@ LESS_MEMORY = (
     "raise --gradient-accumulation-steps, which computes the same in smaller parts, add --activation-checkpointing, or "
     "lower --batch-size"
 )
-MAX_SKIPPED = 30  # halvings of the loss scale in a row, after which no scale will do
+MAX_SKIPPED = 30  # halvings of the loss scale in a row, after which a smaller scale will not help
 
 
 class Verdict:
@@ -53,7 +53,7 @@ class LossScale:
     """The factor that keeps fp16 gradients in range: halved when a step overflowed, doubled after 2000 good steps.
 
     Attributes:
-        base: the factor after the latest halving, a power of two; 1 for good where nothing can overflow.
+        base: the factor after the latest halving, a power of two; always 1 where nothing can overflow.
         good: steps applied since then.
         skipped: attempts in a row that were not applied.
     """
@@ -82,7 +82,7 @@ class LossScale:
         return {"base": self.base, "good": self.good}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from `state_dict`."""
+        """Continue from `state_dict`."""
         self.base, self.good = state["base"], state["good"]
 
 
@@ -108,11 +108,11 @@ def non_finite_terms(rank: int, terms: Iterable[NamedTerms], limit: int = 8) -> 
 def stop_request() -> Iterator[Event]:
     """An event that SIGTERM, SIGUSR1 or SIGHUP sets, in place of ending the process at once.
 
-    A hang-up that is ignored, as under `nohup`, stays so; one that comes takes the terminal away, see `Output`.
+    A SIGHUP that is ignored, as under `nohup`, stays ignored; one that arrives closes the terminal, see `Output`.
     """
     stop = Event()
-    heard = STOP_SIGNALS - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set())
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in heard}
+    handled = STOP_SIGNALS - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set())
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in handled}
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Output, streams)
     try:

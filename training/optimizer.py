@@ -1,4 +1,4 @@
-"""The optimizer: AdamW as the paper has it, its learning-rate schedule, and what its kernel can do by itself."""
+"""The optimizer: AdamW as the paper has it, its learning-rate schedule, and whether its kernel can skip a step."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters. Each parameter group keeps its own rate as `initial_lr`.
 
-    Fused: one launch for all tensors, and a kernel that can leave a step out on the device.
+    Fused: one launch for all tensors, and a kernel that can skip a step on the device.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(parameters, learning_rate, betas, epsilon, weight_decay, fused=True)
@@ -25,7 +25,7 @@ def make_optimizer(
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer's kernel divides gradients by `grad_scale` and applies nothing where `found_inf` is 1.
 
-    Torch's fused optimizers say so by this attribute, which `torch.amp.GradScaler` asks for as well.
+    Torch's fused optimizers have this attribute, which `torch.amp.GradScaler` reads as well.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 

@@ -2,8 +2,9 @@
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from common.errors import OneLineParser, UserError, tell
 from common.flags import PRECISIONS, number, numbers
@@ -28,6 +29,19 @@ EXPERIMENT = (
     "enc_type",
     "proj_coeff",
 )
+
+
+class ResolvedOptions(argparse.Namespace):
+    """The options of a run with nothing left open. They can be read, and not be changed."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"resolved options cannot be changed: {name}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"resolved options cannot be changed: {name}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -175,10 +189,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def resolve_accumulation(options: argparse.Namespace) -> None:
-    """Fill in the accumulation that was left open: `accelerate launch`'s, else none. One line tells if they differ.
+    """Fill in the accumulation if it was not given: that of `accelerate launch`, else 1. A line says if both differ.
 
     Raises:
-        UserError: if `accelerate launch` was told what is no number of micro-batches.
+        UserError: if the setting of `accelerate launch` is not a number of micro-batches.
     """
     given, text = options.gradient_accumulation_steps, launcher_setting("gradient_accumulation_steps")
     try:
@@ -193,22 +207,22 @@ def resolve_accumulation(options: argparse.Namespace) -> None:
         )
 
 
-def resolve_precision(options: argparse.Namespace, device_type: str) -> None:
-    """Fill in the precision that was left open: `accelerate launch`'s where it names one, else the device's own.
+def resolve_precision(given: str | None, device_type: str) -> str:
+    """The precision of `--mixed-precision`; if not given, that of `accelerate launch`, else the device's default.
 
-    "no" is what `accelerate launch` says where nobody chose, and so chooses nothing. One line tells if it says other
-    than what is done.
+    `accelerate launch` says "no" where the user chose nothing, so its "no" is not a choice. A line on stderr says so if
+    its precision is not the one used.
     """
-    launcher, given = launcher_setting("mixed_precision"), options.mixed_precision
-    if given is None:
+    launcher, precision = launcher_setting("mixed_precision"), given
+    if precision is None:
         usable = launcher in ("bf16", "fp16") and not (launcher == "fp16" and device_type == "cpu")
-        options.mixed_precision = launcher if usable else "fp16" if device_type == "cuda" else "no"
-    if launcher not in (None, options.mixed_precision):
+        precision = launcher if usable else "fp16" if device_type == "cuda" else "no"
+    if launcher not in (None, precision):
         whose = "" if given else ", the default on this device,"
         tell(
-            f"note: accelerate launch says mixed_precision {launcher}, but --mixed-precision "
-            f"{options.mixed_precision}{whose} counts"
+            f"note: accelerate launch says mixed_precision {launcher}, but --mixed-precision {precision}{whose} counts"
         )
+    return precision
 
 
 def resolve_alignment(options: argparse.Namespace) -> None:

@@ -1,11 +1,11 @@
-"""The network on many processes: replicated (DDP) or sharded (FSDP), and whole again for checkpoints and previews.
+"""The network on many processes: replicated (DDP) or sharded (FSDP), and gathered again for checkpoints and previews.
 
 Accelerate's launcher says which: `accelerate launch --use_fsdp`, or a configuration with `distributed_type: FSDP`, sets
 an environment variable. Sharding is torch's `fully_shard`, block by block, with parameters kept in float32, so that a
 sharded run computes what a replicated one does and either resumes from the other's checkpoints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,7 +25,7 @@ from models import DeepFlow
 
 
 def is_sharded() -> bool:
-    """Whether the launcher asked for FSDP, and there is more than one process to shard over."""
+    """Whether the launcher enables FSDP, and there is more than one process to shard over."""
     return dist.is_initialized() and dist.get_world_size() > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
@@ -56,7 +56,7 @@ def replicate(network: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def averaging(model: nn.Module, wanted: bool) -> AbstractContextManager:
+def averaging(model: Callable[..., Any], wanted: bool) -> AbstractContextManager:
     """Around a forward and backward: whether its gradients are averaged over the processes, or only added up."""
     if hasattr(model, "set_requires_gradient_sync"):  # sharded
         model.set_requires_gradient_sync(wanted)

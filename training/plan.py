@@ -1,4 +1,4 @@
-"""A run as resolved before it begins: options checked against each other, the device, the data and the run's folder."""
+"""A run as resolved before it starts: options checked against each other, the device, the data and the run's folder."""
 
 import argparse
 import hashlib
@@ -19,23 +19,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.errors import UserError
 from common.files import file_sha256
 from common.processes import require_compiler
+from common.sd_vae import SD_CHANNELS, SD_REDUCTION
 from dataset import LatentData, open_latents
 from models import DeepFlow, create_model
 from models.autoencoder import portable_name
 from models.config import Architecture
-from models.presets import model_config
+from models.presets import REPA_DEPTH, model_config
 from models.ssl_encoders import RANDOM, encoder_width, require_weights
 from storage.features import PackedFeatures
 from training import run_state
-from training.options import EXPERIMENT, resolve_precision
+from training.options import EXPERIMENT, ResolvedOptions, resolve_precision
 from training.parallel import is_sharded
 from training.records import code_commit
 
 # What a dry run assumes where there is no data yet: ImageNet's training set in the SD-VAE's latents.
 ASSUMED = {"resolution": 256, "num_classes": 1000}
 ASSUMED_IMAGES = 1_281_167
-SD_REDUCTION, SD_CHANNELS = 8, 4
-REPA_DEPTH = 8  # where REPA aligns a SiT
 
 # Dense fp16 or bf16 operations a second, by a part of the device's name, the more specific ones first.
 PEAK_FLOPS = {
@@ -55,13 +54,14 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as resolved from options, data and what an earlier run of the same name left."""
+    """A run as resolved from options, data and the files of an earlier run of the same name."""
 
+    options: ResolvedOptions
     run: Path
     data: LatentData | None  # None only in a dry run whose data is missing
-    missing: str | None  # then, the line that says so
+    missing: str | None  # in that case, the message that says so
     images: int  # in the data
-    features: list[PackedFeatures]  # of SSL encoders, where they are at hand
+    features: list[PackedFeatures]  # of SSL encoders; empty where encoders see the images
     config: Architecture
     parameters: int
     experiment: dict[str, Any]  # what a resumed run must share
@@ -74,17 +74,19 @@ class Work(NamedTuple):
     """What one image costs in a training step."""
 
     macs: int  # multiply-adds of the forward
-    activation_bytes: float  # kept from the forward for the backward, in the precision asked for
+    activation_bytes: float  # kept from the forward for the backward, in the run's precision
 
 
 def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> Plan:
-    """Check everything without writing anything, and fill in what was left to the device or the data.
+    """Check everything without writing anything, and resolve the options that depend on the device or the data.
+
+    `options` stays as it is; the plan has the resolved ones.
 
     Raises:
         UserError: for every contradiction, naming both values and the flag to change.
     """
-    resolve_precision(options, device.type)
-    if options.mixed_precision == "fp16" and device.type == "cpu":
+    precision = resolve_precision(options.mixed_precision, device.type)
+    if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU and this run is on the CPU: choose bf16 or no")
     if options.compile and not options.dry_run:
         require_compiler(device)
@@ -106,15 +108,10 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
         if not options.dry_run:
             raise
         missing = str(error)
-    found = ASSUMED if data is None else {"resolution": data.manifest["resolution"], "num_classes": data.num_classes}
-    for name, value in found.items():
-        given = getattr(options, name)
-        if data is not None and given not in (None, value):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {given} given, but the dataset {data.path} has {value}: change or drop {flag}")
-        setattr(options, name, value if given is None else given)
-
+    resolved = {"mixed_precision": precision, **resolve_data_options(options, data)}
     features = open_features(options, data)
+    resolved["enc_type"] = [packed.encoder for packed in features] or options.enc_type
+    options = ResolvedOptions({**vars(options), **resolved})
     with torch.device("meta"):  # checks the architecture and counts its parameters without taking memory
         network = build_network(options, data, features)
     for packed in features if data is not None else ():
@@ -128,6 +125,7 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
     experiment = {name: getattr(options, name) for name in EXPERIMENT}
     run = Path(options.output_dir) / options.exp_name
     return Plan(
+        options=options,
         run=run,
         data=data,
         missing=missing,
@@ -142,18 +140,34 @@ def make_plan(options: argparse.Namespace, world: int, device: torch.device) -> 
     )
 
 
-def open_features(options: argparse.Namespace, data: LatentData | None) -> list[PackedFeatures]:
-    """The packed features to align with, none where encoders look at the images; fills in the names of the encoders.
+def resolve_data_options(options: argparse.Namespace, data: LatentData | None) -> dict[str, int]:
+    """Resolution and number of classes, from the data; in a dry run without data, from the options or ImageNet's.
 
     Raises:
-        UserError: for features of other encoders than are named, and for images or weights files that are not there.
+        UserError: for an option that is not the data's value.
+    """
+    if data is None:
+        given = {name: getattr(options, name) for name in ASSUMED}
+        return {name: value if given[name] is None else given[name] for name, value in ASSUMED.items()}
+    found = {"resolution": data.manifest["resolution"], "num_classes": data.num_classes}
+    for name, value in found.items():
+        if (given := getattr(options, name)) not in (None, value):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {given} given, but the dataset {data.path} has {value}: change or drop {flag}")
+    return found
+
+
+def open_features(options: argparse.Namespace, data: LatentData | None) -> list[PackedFeatures]:
+    """The packed features to align with, none where encoders see the images.
+
+    Raises:
+        UserError: for features of other encoders than `--enc-type`, and for missing images or weights files.
     """
     features = [PackedFeatures(path) for path in options.ssl_features or []]
     if features:
         encoders = [packed.encoder for packed in features]
         if options.enc_type not in (None, encoders):
             raise UserError(f"--enc-type {options.enc_type}, but --ssl-features are of {encoders}: drop --enc-type")
-        options.enc_type = encoders
         return features
     for file in options.enc_weights or []:
         require_weights(file)
@@ -163,17 +177,17 @@ def open_features(options: argparse.Namespace, data: LatentData | None) -> list[
                 f"--ssl-align needs images, and {data.path} has none: encode with --images, or give --ssl-features, "
                 "made with dataset_tools encode-ssl"
             )
-        data.gather_images(np.zeros(1, np.int64))  # that there are some, of the latents' names and size
+        data.gather_images(np.zeros(1, np.int64))  # checks that there are some, with the latents' names and size
     return []
 
 
 def identity(options: argparse.Namespace, data: LatentData | None, features: Sequence[PackedFeatures]) -> str | None:
-    """What tells one dataset, with the encoders that look at it, from another, wherever all of it lies."""
+    """What identifies a dataset and its SSL encoders, in any folder: number of samples and a checksum."""
     if data is None:
         return None
     contents = dict(data.manifest)
     if contents["vae_sha256"] is not None:
-        del contents["vae"]  # that is only a name, the checksum decides
+        del contents["vae"]  # only a name; the checksum decides
     if features:
         contents["features"] = [packed.manifest["weights_sha256"] for packed in features]
     elif options.enc_weights:
@@ -209,9 +223,9 @@ def build_network(options: argparse.Namespace, data: LatentData | None, features
     )
 
 
-def measure(plan: Plan, options: argparse.Namespace) -> Work:
-    """Count what a forward computes and what it keeps, on tensors without memory."""
-    count = 2
+def measure(plan: Plan) -> Work:
+    """Count the operations of a forward and the memory that it keeps, on tensors without memory."""
+    count, options = 2, plan.options
     with torch.device("meta"):
         network = DeepFlow(**plan.config).train()
         network.checkpoint_activations = options.activation_checkpointing
@@ -248,8 +262,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def describe_model(options: argparse.Namespace, data: LatentData, step: int) -> dict[str, Any]:
-    """What travels with the weights besides the architecture: what sampling needs to know, and how they were made."""
+def describe_model(plan: Plan, step: int) -> dict[str, Any]:
+    """The metadata saved with the weights besides the architecture: what sampling needs, and how they were trained."""
+    options, data = plan.options, plan.data
     return {
         "model": options.model,
         "step": step,
@@ -271,8 +286,9 @@ def describe_model(options: argparse.Namespace, data: LatentData, step: int) -> 
     }
 
 
-def describe(plan: Plan, options: argparse.Namespace, work: Work, world: int, device: torch.device, step: int) -> str:
-    """The resolved run, for people."""
+def describe(plan: Plan, work: Work, world: int, device: torch.device, step: int) -> str:
+    """The resolved run, as text for the user."""
+    options = plan.options
     origin = f", from {plan.resume_from}" if plan.resume_from else ""
     data = "missing, ImageNet's training set assumed" if plan.data is None else plan.data.path
     averages = len(options.ema_decay) + len(options.ema_std)
@@ -282,15 +298,15 @@ def describe(plan: Plan, options: argparse.Namespace, work: Work, world: int, de
     activations = plan.micro_batch * work.activation_bytes
     return "\n".join(
         [
-            f"model      {options.model}, {plan.parameters / 1e6:.1f} M parameters, {work.macs / 1e9:.1f} GMAC a "
+            f"model      {options.model}, {plan.parameters / 1e6:.1f} M parameters, {work.macs / 1e9:.1f} GMAC per "
             f"forward of one image: {dict(plan.config)}",
             f"data       {data}: {plan.images} images of {options.resolution} px in "
-            f"{options.num_classes} classes, {plan.images / options.batch_size:.1f} steps an epoch",
+            f"{options.num_classes} classes, {plan.images / options.batch_size:.1f} steps per epoch",
             *([f"aligned    with {', '.join(options.enc_type)}, {source}"] if options.ssl_align else []),
             f"batch      {options.batch_size} = {world} processes x {options.gradient_accumulation_steps} "
             f"accumulated x {plan.micro_batch}, precision {options.mixed_precision} on {device.type}"
             f"{', sharded' if shards > 1 else ''}",
-            f"memory     about {(states + activations) / 2**30:.1f} GiB a process: {states / 2**30:.1f} for weights, "
+            f"memory     about {(states + activations) / 2**30:.1f} GiB per process: {states / 2**30:.1f} for weights, "
             f"gradients, moments and {averages} average(s), {activations / 2**30:.1f} for activations",
             f"run        steps {step} to {plan.total_steps}{origin}",
             f"files      {plan.run}/: options.json, metrics.jsonl, checkpoints/step-* every "

@@ -25,7 +25,7 @@ from training.parallel import whole_copy
 class Previews:
     """What `--preview-every` needs, loaded once: the VAE, on all processes, and on the first the reference's features.
 
-    Raises `UserError` if the VAE cannot be had, or the reference cannot be compared with the previews.
+    Raises `UserError` if the VAE cannot be loaded, or the reference cannot be compared with the previews.
     """
 
     def __init__(self, options: argparse.Namespace, data: LatentData, device: torch.device, rank: int, world: int):

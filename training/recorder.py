@@ -1,13 +1,13 @@
-"""What a run leaves behind while it goes on: lines of metrics, checkpoints, previews; at its end weights and curves.
+"""The files of a run: lines of metrics, checkpoints and previews while it trains, weights and curves at its end.
 
 All processes call these methods alike, since sharded weights are gathered from all of them; rank 0 writes.
 """
 
-import argparse
 from collections.abc import Callable
 
 from accelerate import Accelerator
 
+from common.errors import UserError
 from common.processes import progress_bar
 from models import checkpoints
 from training import parallel, plots, records, run_state
@@ -21,21 +21,19 @@ class Recorder:
     """Writes into a run's folder.
 
     Args:
-        options: of the run.
-        plan: of the run.
-        work: what an image costs, on rank 0.
-        models: whose states are saved.
+        plan: of the run, with its options.
+        work: the cost of an image, on rank 0.
+        models: the network and what is saved with it.
         log: the metrics since the last line.
         scale: the loss scale.
         accelerator: with the trackers.
-        previews: what draws them, if they are wanted.
+        previews: the function that writes them; None for no previews.
 
     Attributes: `bar`, the progress bar.
     """
 
     def __init__(
         self,
-        options: argparse.Namespace,
         plan: Plan,
         work: Work | None,
         models: Models,
@@ -44,12 +42,12 @@ class Recorder:
         accelerator: Accelerator,
         previews: Callable[..., dict[str, float]] | None,
     ) -> None:
-        self.options, self.plan, self.work, self.models = options, plan, work, models
+        self.plan, self.options, self.work, self.models = plan, plan.options, work, models
         self.log, self.scale, self.accelerator, self.previews = log, scale, accelerator, previews
         self.bar = progress_bar(False)
 
     def after_step(self, step: int, stopping: bool) -> None:
-        """Whatever is due after optimizer step `step`; `stopping` saves in any case."""
+        """Write what is due after optimizer step `step`; with `stopping`, a checkpoint in any case."""
         options, last = self.options, step == self.plan.total_steps
         self.bar.update()
         if step % options.log_every == 0:
@@ -91,7 +89,7 @@ class Recorder:
         averaged = {name: parallel.whole_weights(ema.model) for name, ema in models.emas.items()}
         if self.accelerator.is_main_process:
             state = run_state.TrainingState(step, self.plan.experiment, weights, averaged, trainer)
-            metadata = describe_model(options, self.plan.data, step)
+            metadata = describe_model(self.plan, step)
             keep = options.keep_last, options.keep_every
             run_state.save(self.plan.run, state, self.plan.config, metadata, *keep)
         self.accelerator.wait_for_everyone()
@@ -109,9 +107,24 @@ class Recorder:
             self.write_metrics(step)
         averaged = {name: parallel.whole_weights(ema.model) for name, ema in self.models.emas.items()}
         if self.accelerator.is_main_process:
-            run, metadata = self.plan.run, describe_model(self.options, self.plan.data, step)
+            run, metadata = self.plan.run, describe_model(self.plan, step)
             for name, file in run_state.average_files(averaged).items():
                 checkpoints.save(run / file, averaged[name], self.plan.config, {**metadata, "ema": name})
             curves = plots.plot_losses(run)
             where = f"weights {run / checkpoints.EMA_NAME}{f', loss curves {curves}' if curves else ''}"
             print(f"done after {step} steps: {where}")
+
+
+def prepare_folder(plan: Plan, step: int, logged_step: int) -> None:
+    """Bring the run's folder to the state of a run at `step`. Only rank 0 calls it, while it holds the run's lock.
+
+    Raises:
+        UserError: if another command has changed the folder since the plan was made.
+    """
+    options = plan.options
+    if run_state.find(plan.run, options.resume, options.resume_step) != plan.resume_from:
+        raise UserError(f"{plan.run} has just been changed by another process: give the same command again")
+    plan.run.mkdir(parents=True, exist_ok=True)
+    records.write_options(plan.run, vars(options), plan.config)
+    records.truncate_metrics(plan.run, logged_step, step)
+    run_state.set_aside_after(plan.run, step)

@@ -26,7 +26,7 @@ STATE = ("columns", "window", "logged_step", "usual_loss", "spikes", "skipped")
 
 @cache
 def code_commit() -> str | None:
-    """The commit of the code that runs, asked once, with `+` where files differ from it; None outside a checkout."""
+    """The commit of the running code, read once, with `+` where files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -47,7 +47,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     entries = []
     for line in lines:
-        with suppress(ValueError):  # no JSON: a log must not keep a run from going on
+        with suppress(ValueError):  # no JSON: a damaged log must not stop a run
             entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
@@ -59,13 +59,13 @@ def truncate_metrics(run: Path, logged_step: int, step: int) -> None:
 
 
 class MetricLog:
-    """Averages rows of metrics, one row a step, and measures the speed.
+    """Averages rows of metrics, one row per step, and measures the speed.
 
     A spike is a step whose loss is more than `SPIKE` times the running average of the losses before it.
 
     Args:
         step: steps done before the first row.
-        batch_size: images a step.
+        batch_size: images per step.
     """
 
     def __init__(self, step: int, batch_size: int) -> None:
@@ -87,12 +87,12 @@ class MetricLog:
         self.usual_loss = MEMORY * usual + (1 - MEMORY) * loss
 
     def skip(self) -> None:
-        """Take note of an attempt that overflowed in fp16."""
+        """Count an attempt that overflowed in fp16."""
         self.skipped += 1
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around what is no training: its time does not count."""
+        """Around work that is not training: its time does not count in the speed."""
         began = time.perf_counter()
         yield
         step, start = self.timed_from
@@ -117,7 +117,7 @@ class MetricLog:
         return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any], branches: int) -> None:
-        """Go on from `state_dict`. Older checkpoints hold no names, but these, of a network of so many branches."""
+        """Continue from `state_dict`. Older checkpoints hold no names; theirs follow from the number of branches."""
         velocities = [f"velocity_{i + 1}" for i in range(branches)]
         columns = ["grad_norm", "loss", *velocities, "acceleration", "alignment"]
         rows = state["window"]

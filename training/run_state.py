@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from models import checkpoints
 
 FOLDER = re.compile(r"step-(\d{7,})")
-# What reading files that are not what they were raises; the readers' own UserError is a ValueError.
+# The errors that reading damaged files raises; the readers' own UserError is a ValueError.
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
 
 
@@ -45,7 +46,7 @@ class TrainingState(NamedTuple):
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return run / "checkpoints" / f"step-{step:07d}"
 
 
@@ -104,7 +105,7 @@ def save(
 
 
 def delete(folder: Path) -> None:
-    """Remove a checkpoint so that no moment shows half of it under its name."""
+    """Remove a checkpoint; at no time is half of it under its name."""
     doomed = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.replace(doomed)
@@ -124,9 +125,9 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
     """Read a checkpoint folder, tensors on the CPU. Nothing in it is executed.
 
     Raises:
-        UserError: if it belongs to another experiment, naming option and both values, or is damaged.
+        UserError: if it belongs to another experiment, with the option and both values, or is damaged.
     """
-    with telling_damage(folder):
+    with damage_as_user_error(folder):
         summary = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         had = {name: summary["experiment"].get(name) for name in experiment}
     for name, given in experiment.items():
@@ -135,7 +136,7 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
                 f"{folder} was made with {name} {had[name]}, now it is {given}: restore it, or choose another "
                 "--exp-name"
             )
-    with telling_damage(folder):
+    with damage_as_user_error(folder):
         return TrainingState(
             step=summary["step"],
             experiment=summary["experiment"],
@@ -148,13 +149,28 @@ def load(folder: Path, experiment: Mapping[str, Any]) -> TrainingState:
         )
 
 
+def common_step(saved: TrainingState | None, run: Path) -> int:
+    """The step that all processes resume from, 0 without a checkpoint. Every process has to call it.
+
+    Raises:
+        UserError: if the processes found different checkpoints.
+    """
+    step = saved.step if saved else 0
+    if len(steps := set(gather_object([step]))) > 1:
+        raise UserError(
+            f"the processes found different checkpoints of {run}, of steps {', '.join(map(str, sorted(steps)))}: "
+            "give an --output-dir on a disk that all machines see"
+        )
+    return step
+
+
 @contextmanager
-def telling_damage(folder: Path) -> Iterator[None]:
-    """Around the reading of a checkpoint: a `UserError` for whatever files that are not what they were raise."""
+def damage_as_user_error(folder: Path) -> Iterator[None]:
+    """Around the reading of a checkpoint: any error that damaged files cause becomes a `UserError`."""
     try:
         yield
     except DAMAGE as error:
-        reason = (str(error.__cause__ or error).splitlines() or [repr(error)])[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(
             f"{folder} is damaged ({reason}): delete it, and the run resumes from the one before"
         ) from error
@@ -165,7 +181,7 @@ def find(run: Path, resume: str, resume_step: int | None) -> Path | None:
 
     Args:
         run: the run's folder, existing or not.
-        resume: `auto` for the newest complete checkpoint, `none` to begin at step 0.
+        resume: `auto` for the newest complete checkpoint, `none` to start at step 0.
         resume_step: an exact step; overrides `resume`.
 
     Raises:

@@ -12,7 +12,7 @@ micro-batch takes its rows: loss and gradients do not depend on how the batch is
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -29,8 +29,23 @@ from training.guard import NamedTerms, Verdict
 from training.optimizer import skips_on_device
 
 
+class Network(Protocol):
+    """What a step needs of the module that it trains; a `DeepFlow` has it."""
+
+    num_branches: int
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor, /) -> Any:
+        """Velocities, accelerations and projections, see `models.deepflow.DeepFlowOutput`."""
+
+    def null_condition(self, count: int) -> Tensor:
+        """The condition of no class or text, (count, ...)."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the module."""
+
+
 class Gradients(NamedTuple):
-    """A step whose gradients lie in the parameters, not applied yet."""
+    """A step whose gradients are in the parameters, not applied yet."""
 
     sums: dict[str, Tensor]  # scalars by name: loss and its terms, summed over this process's samples
     terms: list[NamedTerms]  # of each micro-batch
@@ -38,14 +53,14 @@ class Gradients(NamedTuple):
 
 
 class Update(NamedTuple):
-    """A step that the device may still be computing, or may have left out."""
+    """A step that the device may still be computing, or may not have applied."""
 
     names: list[str]
     verdict: Verdict
     terms: list[NamedTerms]
 
     def read(self) -> tuple[dict[str, float], bool]:
-        """The step's numbers by name, means over the batch, the same on all processes; and whether one has to stop.
+        """The step's numbers by name, means over the batch, the same on all processes; and whether to stop after it.
 
         A step with a number that is not finite was not applied.
         """
@@ -59,7 +74,7 @@ class TrainingStep:
     Args:
         network: what is trained, for example a `DeepFlow`, on its device.
         loss_fn: the objective.
-        optimizer: over the network's parameters. One whose kernel cannot leave a step out costs a wait for the device.
+        optimizer: over the network's parameters. If its kernel cannot skip a step, the host waits for the device.
         batches: this process's micro-batches in order, `accumulation` for each step.
         batch_size: images of a step, over all processes and micro-batches.
         scaling_factor: of the latents.
@@ -75,7 +90,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         loss_fn: DeepFlowLoss,
         optimizer: torch.optim.Optimizer,
         batches: Iterator[LatentBatch],
@@ -87,7 +102,7 @@ class TrainingStep:
         max_grad_norm: float = 1.0,
         precision: str = "no",
         encoders: Sequence[Callable[[Tensor], Tensor]] = (),
-        model: nn.Module | None = None,
+        model: Callable[..., Any] | None = None,
         rank: int = 0,
         world: int = 1,
         learning_rate: Callable[[int], float] | None = None,
@@ -105,7 +120,7 @@ class TrainingStep:
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.device = parallel.local(self.parameters[0]).device
         self.generator = torch.Generator(self.device)
-        self.pending: dict[int, list[LatentBatch]] = {}  # micro-batches of steps that may have to be tried again
+        self.pending: dict[int, list[LatentBatch]] = {}  # micro-batches of steps that may be tried again
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
@@ -145,7 +160,7 @@ class TrainingStep:
     def launch(self, step: int, gradients: Gradients, stop_requested: bool = False) -> Update:
         """Clip, and have the device apply the step if all of its numbers are finite, on all processes.
 
-        The host does not wait for it: `Update.read` says what came of it, and whether any process has `stop_requested`.
+        The host does not wait: `Update.read` returns the outcome, and whether any process has `stop_requested`.
         """
         # Gradients are clipped as they are, multiplied by the loss scale; the optimizer's kernel divides by it.
         limit = self.max_grad_norm * gradients.loss_scale
@@ -154,24 +169,27 @@ class TrainingStep:
         means = torch.stack(list(gradients.sums.values())) / (self.batch_size // self.world)
         stop = torch.full((1,), float(stop_requested), device=self.device)
         row = mean_over_processes(torch.cat([grad_norm.reshape(1), means, stop]))
-        for group in self.optimizer.param_groups if self.learning_rate else ():
-            group["lr"] = group["initial_lr"] * self.learning_rate(step)
+        if self.learning_rate is not None:
+            factor = self.learning_rate(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
         self.apply(row.isfinite().all(), gradients.loss_scale)
         self.optimizer.zero_grad()
         return Update(["grad_norm", *gradients.sums], Verdict(row), gradients.terms)
 
     def apply(self, finite: Tensor, loss_scale: float) -> None:
-        """The optimizer's part of a step, left out where `finite`, a scalar on the device, is false."""
+        """The optimizer's part of a step, skipped where `finite`, a scalar on the device, is false."""
         if skips_on_device(self.optimizer):
-            self.optimizer.found_inf = 1 - finite.float()
-            self.optimizer.grad_scale = torch.full((), loss_scale, device=self.device)
-            self.optimizer.step()
+            fused: Any = self.optimizer  # torch declares neither of these attributes
+            fused.found_inf = 1 - finite.float()
+            fused.grad_scale = torch.full((), loss_scale, device=self.device)
+            fused.step()
         elif finite.item():  # waits for the device, which cannot decide by itself
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], loss_scale)
             self.optimizer.step()
 
     def forget(self, step: int) -> None:
-        """Let go of the batch of a step that was applied."""
+        """Drop the batch of a step that was applied."""
         del self.pending[step]
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Any:
@@ -180,9 +198,10 @@ class TrainingStep:
             return self.model(x, t, condition)
 
     def features(self, batch: LatentBatch) -> list[Tensor] | None:
-        """Tokens (B, T, z) of every SSL encoder, for the alignment; None where there is nothing to align with."""
+        """Tokens (B, T, z) of every SSL encoder, for the alignment; None without alignment."""
         packed = [self.moved(tokens) for tokens in batch.features or []]
-        return packed or [encoder(batch.images) for encoder in self.encoders] or None
+        images = cast(Tensor, batch.images)  # a batch has them where there are encoders
+        return packed or [encoder(images) for encoder in self.encoders] or None
 
     def latent_shape(self, batch: LatentBatch) -> tuple[int, ...]:
         """(C, h, w) of a latent, half the channels of its moments."""

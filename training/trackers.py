@@ -16,7 +16,7 @@ def make_accelerator(options: argparse.Namespace, run: Path, step: int) -> Accel
     """Accelerate with the precision and the tracker of the options, which reports the steps after `step`.
 
     What a tracker keeps on disk goes to `--logging-dir` in the run. Weights & Biases without a login records offline;
-    a resumed run goes on under its old id.
+    a resumed run continues under its id.
     """
     folder = run / options.logging_dir
     tracker = None if options.report_to == "none" else options.report_to
@@ -42,11 +42,11 @@ def make_accelerator(options: argparse.Namespace, run: Path, step: int) -> Accel
 
 
 def wandb_mode() -> str:
-    """`WANDB_MODE`, else `online` if Weights & Biases knows a login; it is not asked for one."""
+    """`WANDB_MODE`, else `online` if Weights & Biases has a login, without a prompt for one."""
     import wandb
 
     if mode := os.environ.get("WANDB_MODE"):
         return mode
     if "prompt" in inspect.signature(wandb.login).parameters:
         return "online" if wandb.login(prompt=False, verify=False) else "offline"
-    return "online" if wandb.api.api_key else "offline"  # of older versions; newer ones are to drop it
+    return "online" if wandb.api.api_key else "offline"  # of older versions; deprecated in newer ones

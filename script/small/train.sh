@@ -4,27 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-DATA_DIR=${DATA_DIR:-data/imagenet256-latents}
-OUTPUT_DIR=${OUTPUT_DIR:-runs}
 EXP_NAME=${EXP_NAME:-small-2t}
+MODEL="DeepFlow-S/2"
+TRANS_DEPTH=12
+DF_IDXS="[6]"
 
-exec bash script/launch.sh train.py \
-  --data-dir "$DATA_DIR" \
-  --output-dir "$OUTPUT_DIR" \
-  --exp-name "$EXP_NAME" \
-  --model "DeepFlow-S/2" \
-  --trans-depth 12 \
-  --df-idxs "[6]" \
-  --batch-size 256 \
-  --max-train-steps 400000 \
-  --checkpointing-steps 50000 \
-  --learning-rate 1e-4 \
-  --max-grad-norm 1.0 \
-  --path-type linear \
-  --prediction v \
-  --weighting lognormal \
-  --cfg-prob 0.1 \
-  --tg-upper-bound 0.01 \
-  --acc-coeff 1.0 \
-  --seed 0 \
-  "$@"
+source script/recipe.sh  # data, output, and the settings that all sizes share
