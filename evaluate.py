@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import generate
-from common.errors import OneLineParser, UserError, exits_on_user_error, memory_told
+from common.errors import OneLineParser, UserError, exits_on_user_error, reports_out_of_memory
 from common.files import portable, portable_argument, write_text
 from common.processes import join_processes, usable_device
 from evaluation import compare, extract, load_extractor, open_images
@@ -160,7 +160,7 @@ def report(
 
 
 @exits_on_user_error
-@memory_told("lower --batch-size, or free memory")
+@reports_out_of_memory("lower --batch-size, or free memory")
 def main() -> None:
     args, more = build_parser().parse_known_args()
     if args.batch_size < 1:

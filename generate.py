@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
-from common.errors import UserError, exits_on_user_error, memory_told, spared_by
+from common.errors import UserError, exits_on_user_error, reports_out_of_memory, warn_if_not_drawn
 from common.files import only_writer, write_text
 from common.processes import join_processes, progress_bar, reported_by_any_process, require_compiler
 from generation.checkpoint import default_name, load_matching_vae, read_checkpoint, read_guide
@@ -33,7 +33,7 @@ from models.autoencoder import (
 )
 
 
-@memory_told("lower --per-proc-batch-size, give --precision bf16, or free memory; the same command continues")
+@reports_out_of_memory("lower --per-proc-batch-size, give --precision bf16, or free memory; the same command continues")
 def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] | None = None) -> Path:
     """Make the samples that `options` (of `parse_options`) describe, alone or as one of several processes.
 
@@ -91,7 +91,7 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
     samples = SampleFile(npz, (count, side, side, 3), block_size)
     stood = npz.exists()
     made = stood and require_same(record, read_record(npz.with_suffix(".json")), npz, options.overwrite)
-    begun = None if made else samples.begun()
+    begun = None if made else samples.unfinished_record()
     goes_on = begun is not None and require_same(record, begun, samples.part, options.overwrite)
     if not made:
         how = options.compile, settings.precision
@@ -106,9 +106,9 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
             print("made already with these settings: nothing to do")
     else:
         with only_writer(npz, "--name or --sample-dir") if process.is_main_process else nullcontext():
-            if process.is_main_process and (npz.exists(), samples.begun()) != (stood, begun):
+            if process.is_main_process and (npz.exists(), samples.unfinished_record()) != (stood, begun):
                 raise UserError(f"{npz} has just been made by another process: give the same command again")
-            if process.is_main_process and (not goes_on or samples.is_cut_off()):
+            if process.is_main_process and (not goes_on or samples.is_truncated()):
                 samples.begin(record)
             process.wait_for_everyone()
             mine = samples.indices(samples.missing()[process.process_index :: process.num_processes])
@@ -130,7 +130,7 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
     samples.use_finished()
     grid = npz.with_suffix(".png")
     if process.is_main_process and options.grid and not (made and grid.exists()):
-        with spared_by(str(grid), passing=(OSError,)):
+        with warn_if_not_drawn(str(grid), reraised=(OSError,)):
             save_grid(samples.read, labels[:count], metadata.get("class_names") or [], grid)
     if options.png:
         save_pngs(samples, range(process.process_index, count, process.num_processes), npz.with_suffix(""))

@@ -33,7 +33,7 @@ from common.errors import OneLineParser, UserError, exits_on_user_error
 from common.files import only_writer, write_text
 from common.flags import number
 
-LEAST = 10.0  # seconds a part needs to be worth starting
+MIN_SECONDS = 10.0  # seconds a part needs to be worth starting
 
 
 class Part(NamedTuple):
@@ -89,16 +89,16 @@ def run_all(args: argparse.Namespace) -> None:
     """Run the parts that are wanted and not done, each within its share of the budget."""
     deadline = time.monotonic() + args.budget
     results = load_results(args)
-    waiting = [name for name in PARTS if name in args.parts and not is_done(results, name)]
-    for name in (name for name in args.parts if name not in waiting):
+    pending = [name for name in PARTS if name in args.parts and not is_done(results, name)]
+    for name in (name for name in args.parts if name not in pending):
         print(f"{name}: done before")
-    for place, name in enumerate(waiting):
+    for place, name in enumerate(pending):
         left = deadline - time.monotonic()
-        weights = [PARTS[other].weight for other in waiting[place:]]
+        weights = [PARTS[other].weight for other in pending[place:]]
         limit = left * weights[0] / sum(weights)
-        if limit < LEAST:
-            limit = min(LEAST, left)
-        if limit < LEAST:
+        if limit < MIN_SECONDS:
+            limit = min(MIN_SECONDS, left)
+        if limit < MIN_SECONDS:
             results["parts"].setdefault(name, {"rows": [], "done": False})["note"] = "not run: the budget was used up"
             continue
         print(f"== {name}, at most {limit:.0f} s", flush=True)
@@ -287,8 +287,8 @@ def main() -> None:
         return
     if device.type == "cpu" and not args.tiny:
         raise UserError("--device cpu without --tiny would take days: give --tiny, or a GPU")
-    if args.budget < LEAST:
-        raise UserError(f"--budget {args.budget:g} is too small for any part: give at least {LEAST:g} seconds")
+    if args.budget < MIN_SECONDS:
+        raise UserError(f"--budget {args.budget:g} is too small for any part: give at least {MIN_SECONDS:g} seconds")
     args.output.mkdir(parents=True, exist_ok=True)
     with only_writer(args.output / "results", "--output"):
         run_all(args)

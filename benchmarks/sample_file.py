@@ -47,7 +47,7 @@ def stream(npz: Path, count: int) -> None:
     samples.publish()
 
 
-def hold(npz: Path, count: int) -> None:
+def save_at_once(npz: Path, count: int) -> None:
     """Stack `count` images, then save them."""
     parts = [images_of(first, min(BATCH, count - first)) for first in range(0, count, BATCH)]
     np.savez(npz, arr_0=np.concatenate(parts), arr_1=np.zeros(count, np.int64))
@@ -104,7 +104,7 @@ def main() -> None:
         results["streamed"] = measure(stream, npz, args.images)
         results["streamed"]["batches_compared"] = check(npz, args.images)
         npz.unlink()
-        results["held, then saved"] = measure(hold, npz, args.plain_images)
+        results["held, then saved"] = measure(save_at_once, npz, args.plain_images)
     for name, result in results.items():
         rate, memory = result["images"] / result["seconds"], result["peak_bytes"] / 2**20
         print(f"{name:20s}{result['images']:8d} images{rate:10,.0f} images/s{memory:10,.0f} MiB over the baseline")

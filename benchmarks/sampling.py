@@ -71,19 +71,19 @@ class Sampler:
         fresh_start(self.device)
         start_up, precision = self(2, guidance), self.precision
         pairs = [(self(steps, guidance), self(3 * steps, guidance)) for _ in range(repeats)]
-        few, many = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-        a_step = (many - few) / (2 * steps)
-        total = max(0.0, few - steps * a_step) + FULL_STEPS * a_step
+        short_run, long_run = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        step_seconds = (long_run - short_run) / (2 * steps)
+        total = max(0.0, short_run - steps * step_seconds) + FULL_STEPS * step_seconds
         flop = 2 * velocity_macs(self.name, self.sizes) * self.block * (2 if guidance == "guided" else 1)
         kind = "TF32" if precision == "no" and self.device.type == "cuda" else KIND_OF_PRECISION[precision]
         measured = matrix_rate(kind, self.device)["tflops"]
         row = {"model": self.name, "precision": precision, "guidance": guidance, "compiled": self.compiled}
         row |= {"block": self.block, "images_per_second_250": self.block / total}
-        row |= summary([(long - short) / (2 * steps) for short, long in pairs]) | {"ms": 1e3 * a_step}
-        row |= {"tflops": flop / a_step / 1e12, "start_up_s": start_up}
+        row |= summary([(long - short) / (2 * steps) for short, long in pairs]) | {"ms": 1e3 * step_seconds}
+        row |= {"tflops": flop / step_seconds / 1e12, "start_up_s": start_up}
         if peak := peak_flops(self.device, precision):
-            row["share_data_sheet"] = flop / a_step / peak
-        row |= {"share_measured": flop / a_step / 1e12 / measured, "measured_tflops": measured}
+            row["share_data_sheet"] = flop / step_seconds / peak
+        row |= {"share_measured": flop / step_seconds / 1e12 / measured, "measured_tflops": measured}
         return row | ({"peak_gib": memory_gib(self.device)} if self.device.type == "cuda" else {})
 
     def profile(self) -> dict[str, Any]:

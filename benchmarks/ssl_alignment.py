@@ -53,7 +53,7 @@ def write_latents(folder: Path, samples: int, resolution: int) -> None:
         images=True,
     )
     job = PackedJob.begin(folder, manifest, names, labels)
-    for unit in job.left():
+    for unit in job.unwritten_units():
         n = len(job.rows_of(unit))
         images = rng.integers(0, 256, (n, resolution, resolution, 3), np.uint8)
         job.write_unit(unit, rng.random((n, 8, side, side), np.float32), images)
@@ -74,7 +74,7 @@ def write_features(folder: Path, samples: int, resolution: int, encoder: str) ->
         weights_sha256="",
     )
     job = PackedJob.begin(folder, manifest, names)
-    for unit in job.left():
+    for unit in job.unwritten_units():
         job.write_unit(unit, rng.standard_normal((len(job.rows_of(unit)), tokens, width), np.float32))
     job.finish()
 

@@ -63,15 +63,15 @@ def extract(
         weights = extractor.weights_sha256[:16]
         if main:
             place = Path(cache) / f"{images.sha256}-{extractor.name}-{weights}-v{CACHE_FORMAT}.npz"
-            found = _read(place, len(images))
-        if _of_first(process, found is not None):
-            return _with_stored(images, extractor, found) if main else None
-    features = _run(images, extractor, batch_size, label if main else None, process)
+            found = _read_cache(place, len(images))
+        if _broadcast(process, found is not None):
+            return _with_stored_statistics(images, extractor, found) if main else None
+    features = _compute(images, extractor, batch_size, label if main else None, process)
     if not main:
         return None
     if place:
-        _write(place, features)
-    return _with_stored(images, extractor, features)
+        _write_cache(place, features)
+    return _with_stored_statistics(images, extractor, features)
 
 
 def stored_statistics(images: Images, extractor: Extractor) -> dict[str, np.ndarray]:
@@ -135,7 +135,7 @@ def _check_shape(label: str, images: Images, extractor: Extractor) -> None:
         )
 
 
-def _run(
+def _compute(
     images: Images, extractor: Extractor, batch_size: int, label: str | None, process: PartialState | None
 ) -> FeatureSet | None:
     """Features of all images from the extractor, on the first process."""
@@ -145,7 +145,7 @@ def _run(
     pool = logits = None
     done = 0
     with progress_bar(label is not None, total=len(images), desc=label, unit="img") as bar:
-        for features in _in_order(images, extractor, batch_size, process):
+        for features in _batch_features(images, extractor, batch_size, process):
             bar.update(len(features.pool))
             if not main:
                 continue
@@ -169,7 +169,7 @@ def _run(
     return FeatureSet(len(images), *gaussians, pool, logits)
 
 
-def _in_order(
+def _batch_features(
     images: Images, extractor: Extractor, batch_size: int, process: PartialState | None
 ) -> Iterator[Features]:
     """The features of each batch, as arrays, in the images' order, on every process.
@@ -205,7 +205,7 @@ def _batches(images: Images, batch_size: int, first: int, step: int) -> Iterator
     return (images[start : start + batch_size] for start in range(first * batch_size, len(images), step * batch_size))
 
 
-def _with_stored(images: Images, extractor: Extractor, features: FeatureSet) -> FeatureSet:
+def _with_stored_statistics(images: Images, extractor: Extractor, features: FeatureSet) -> FeatureSet:
     """The features with the archive's own mean and covariance, where it has them."""
     stored = stored_statistics(images, extractor)
     gaussians = _gaussian_of(stored, "mu", "sigma"), _gaussian_of(stored, "mu_s", "sigma_s")
@@ -218,14 +218,14 @@ def _gaussian_of(arrays: Mapping[str, np.ndarray], mean: str, covariance: str) -
     return (arrays[mean], arrays[covariance]) if mean in arrays else None
 
 
-def _of_first(process: PartialState | None, value: bool) -> bool:
+def _broadcast(process: PartialState | None, value: bool) -> bool:
     """The first process's value, on every process."""
     if process is None or process.num_processes == 1:
         return value
     return broadcast_object_list([value])[0]
 
 
-def _write(place: Path, features: FeatureSet) -> None:
+def _write_cache(place: Path, features: FeatureSet) -> None:
     """Keep features as an `.npz`, its statistics under ADM's names."""
     arrays = {"pool": features.pool, "logits": features.logits}
     arrays |= zip(("mu", "sigma"), features.gaussian or (), strict=False)
@@ -238,7 +238,7 @@ def _write(place: Path, features: FeatureSet) -> None:
         raise UserError(f"--cache {place.parent}: features cannot be kept there ({error}); give another") from error
 
 
-def _read(place: Path, count: int) -> FeatureSet | None:
+def _read_cache(place: Path, count: int) -> FeatureSet | None:
     """Kept features of `count` images; None if there are none, or they are damaged."""
     if not place.is_file():
         return None

@@ -16,23 +16,23 @@ class FeatureStatistics:
 
     def __init__(self, dimension: int, block: int = 1024) -> None:
         self.count = 0
-        self._waiting = np.empty((block, dimension))  # rows of the block that is not yet full
+        self._block = np.empty((block, dimension))  # rows of the block that is not yet full
         self._merged = (0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
     def update(self, features: np.ndarray) -> None:
         """Add rows: features (n, dimension), any float type."""
-        block = len(self._waiting)
+        block = len(self._block)
         while len(features):
-            held = self.count % block
-            part, features = features[: block - held], features[block - held :]
-            self._waiting[held : held + len(part)] = part
+            filled = self.count % block
+            part, features = features[: block - filled], features[block - filled :]
+            self._block[filled : filled + len(part)] = part
             self.count += len(part)
             if self.count % block == 0:
-                self._merged = _merge(*self._merged, self._waiting)
+                self._merged = _merge(*self._merged, self._block)
 
     def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (dimension,) and covariance (dimension, dimension), divided by count - 1 as in `np.cov`."""
-        count, mean, scatter = _merge(*self._merged, self._waiting[: self.count % len(self._waiting)])
+        count, mean, scatter = _merge(*self._merged, self._block[: self.count % len(self._block)])
         return mean, scatter / (count - 1)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.errors import UserError, tell
+from common.errors import UserError, print_once
 
 
 def choose_labels(
@@ -43,7 +43,7 @@ def choose_labels(
         raise UserError(f"--classes {classes!r}: give random, data, balanced, or {ids}")
     ids = [int(word) for word in words]
     if empty := sorted(set(ids) - set(present.tolist())):
-        tell(f"warning: --classes names {', '.join(map(str, empty))}, of which the training data had no image")
+        print_once(f"warning: --classes names {', '.join(map(str, empty))}, of which the training data had no image")
     return np.resize(ids, count)
 
 

@@ -229,7 +229,7 @@ def test_mode_solver_and_heun_together_name_a_sampler(flags, method):
 
 
 def test_two_commands_do_not_make_one_file(monkeypatch, run, tmp_path, capsys):
-    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.1)
     with files.only_writer(tmp_path / "x.npz"), pytest.raises(SystemExit, match="2"):
         command(monkeypatch, run, tmp_path, "--name", "x")
     assert "x.npz is being written by another process" in capsys.readouterr().err

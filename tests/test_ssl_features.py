@@ -43,7 +43,7 @@ def write_features(dest, names, tokens=TOKENS, dtype="float16", flip=False, reso
         flip=flip,
     )
     job = PackedJob.begin(dest, manifest, names)
-    for unit in job.left():
+    for unit in job.unwritten_units():
         rows = job.rows_of(unit)
         job.write_unit(unit, values[rows.start : rows.stop])
     job.finish(shard_rows)

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import OneLineParser, UserError, tell
+from common.errors import OneLineParser, UserError, print_once
 from common.flags import PRECISIONS, number, numbers
 from common.processes import launcher_setting
 from interpolant import PATHS, WEIGHTINGS
@@ -187,7 +187,7 @@ def resolve_accumulation(options: argparse.Namespace) -> None:
         raise UserError(f"accelerate launch's gradient_accumulation_steps: {error}") from None
     options.gradient_accumulation_steps = given or launcher or 1
     if launcher not in (None, options.gradient_accumulation_steps):
-        tell(
+        print_once(
             f"note: accelerate launch says gradient_accumulation_steps {launcher}, but --gradient-accumulation-steps "
             f"{given} counts"
         )
@@ -205,7 +205,7 @@ def resolve_precision(options: argparse.Namespace, device_type: str) -> None:
         options.mixed_precision = launcher if usable else "fp16" if device_type == "cuda" else "no"
     if launcher not in (None, options.mixed_precision):
         whose = "" if given else ", the default on this device,"
-        tell(
+        print_once(
             f"note: accelerate launch says mixed_precision {launcher}, but --mixed-precision "
             f"{options.mixed_precision}{whose} counts"
         )
