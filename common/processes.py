@@ -78,6 +78,18 @@ def progress_bar(shown: bool = True, **settings: object) -> tqdm:
     return tqdm(**settings) if shown else tqdm(**settings, disable=True)
 
 
+@contextmanager
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    """Inside, CUDA's matrix products and convolutions in float32 may or may not use TF32; then as before."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def require_compiler(device: str | torch.device) -> None:
     """Check that `--compile` can work here, by a trial on two lines of source.
 

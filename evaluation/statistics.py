@@ -9,9 +9,9 @@ from common.errors import UserError
 class FeatureStatistics:
     """Running mean and covariance of feature rows, in float64.
 
-    Rows are merged in blocks of fixed size, each by its own mean and scatter matrix (Chan et al. 1979): the result is
-    the same to the last bit however the rows were split, and loses no digits when the mean is large against the
-    spread.
+    Rows are merged in blocks of a fixed size, each by its own mean and scatter matrix (Chan et al. 1979): the result
+    is the same to the last bit however the rows were split, and keeps its digits when the mean is large compared with
+    the spread.
     """
 
     def __init__(self, dimension: int, block: int = 1024) -> None:
@@ -54,7 +54,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     With R the symmetric root of sigma1, sigma1 sigma2 has the eigenvalues of R sigma2 R, which is symmetric
     and positive semi-definite: no general matrix root is needed, and singular covariances are harmless.
 
-    Raises `UserError` for unequal shapes and for values that are not finite.
+    Raises:
+        UserError: for unequal shapes and for values that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2))
     square = (*mu1.shape, *mu1.shape)

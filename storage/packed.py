@@ -214,7 +214,7 @@ class PackedLatents(PackedFolder):
         moments_shape = (2, *self.latent_shape) if self.has_flips else self.latent_shape
         moments = self._open_shards("shards", moments_shape, dtype)
         images = self._open_shards("image_shards", (side, side, 3), np.uint8) if self.has_images else None
-        self._moments = MappedRows(moments, self.latent_shape)  # with flips, two rows a sample
+        self._moments = MappedRows(moments, self.latent_shape)  # with flips, two rows per sample
         self._images = MappedRows(images, (side, side, 3)) if self.has_images else None
         self.labels = np.array(self._open("labels.npy", (self.manifest["count"],), np.int64))
         written = self.manifest["labels"]["sha256"]  # the one file whose damage nothing else would show

@@ -151,7 +151,7 @@ def test_features_of_the_same_images_belong(tmp_path, data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(tokens=9), r"holds 9 tokens an image, the network has 4: encode with --tokens 2"),
+        (dict(tokens=9), r"holds 9 tokens per image, the network has 4: encode with --tokens 2"),
         (dict(resolution=32), r"\S+features holds features of 32 px images, \S+latents latents of 16 px"),
         (dict(names=lambda names: names[::-1]), r"sample 0 is class/022 in \S+features, but class/000 in \S+latents"),
         (dict(names=lambda names: [*names[:5], "x.png", *names[6:]]), r"sample 5 is x in \S+, but class/005 in"),
