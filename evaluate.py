@@ -116,7 +116,7 @@ def recipe_path(samples: Path) -> Path:
 def refuse_to_replace_recipe(json_path: Path | None, samples: Path) -> None:
     """Raise `UserError` if the metrics would overwrite the record that generate.py wrote of the samples."""
     if json_path and json_path.resolve() == recipe_path(samples).resolve():
-        raise UserError(f"--json {json_path}: there generate.py tells how the samples were made; give another name")
+        raise UserError(f"--json {json_path}: generate.py's record of the samples is there; give another name")
 
 
 def recipe_of(samples: Path) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ def matrix_product(kind: str, size: int, device: torch.device) -> Callable[[], t
     a, b = torch.randn(2, size, size, device=device).unbind()
     if kind == "FP8":
         one = torch.ones((), device=device)
-        a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()  # columns contiguous, as the kernel wants
+        a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()  # the kernel needs contiguous columns
         return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
     a, b = a.to(DTYPES[kind]), b.to(DTYPES[kind])
     return lambda: a @ b

@@ -29,7 +29,7 @@ def choose_labels(
         return np.resize(present, count)
     if classes in ("random", "data"):
         if classes == "data" and class_counts is None:
-            raise UserError("--classes data: the checkpoint does not tell how frequent its classes are; give random")
+            raise UserError("--classes data: the checkpoint does not say how frequent its classes are; give random")
         weights = (counts > 0).astype(np.float64) if classes == "random" else counts
         edges = np.cumsum(weights) / weights.sum()
         # Not the stream of the image's noise, which never reaches the top word of the counter.

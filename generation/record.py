@@ -1,4 +1,4 @@
-"""The record beside samples: what is needed to repeat them, and to tell whether a run continues these samples."""
+"""The record beside samples: what is needed to repeat them, and to check that a run continues these samples."""
 
 import argparse
 import json

@@ -146,7 +146,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_stats(commands: argparse._SubParsersAction) -> None:
-    parse = commands.add_parser("stats", help="images -> reference batch, with Inception statistics if asked")
+    parse = commands.add_parser("stats", help="images -> reference batch, optionally with Inception statistics")
     parse.add_argument("--source", required=True, help="folder or zip of RGB images of one size, by class")
     parse.add_argument("--dest", required=True, help=".npz file to write")
     parse.add_argument("--every", type=int, default=1, metavar="N", help="take every N-th image, by name (default: 1)")

@@ -103,7 +103,7 @@ def _inspect(source: Path, tokens_a_side: int | None) -> tuple[list[str], int, i
     if resolution % 16 and not tokens_a_side:
         raise UserError(
             f"images are {resolution} pixels high, expected a multiple of 16: resize them (convert), or say how many "
-            "tokens a side the network has (--tokens)"
+            "tokens per side the network has (--tokens)"
         )
     return images.names, resolution, tokens_a_side or resolution // 16, source_sha256((images.store, images.names))
 

@@ -27,7 +27,7 @@ class PictureSource(NamedTuple):
 def list_pictures(path: Path) -> PictureSource:
     """List the images of a folder, zip or tar with their classes: those of its `dataset.json`, or else its folders.
 
-    A tar, and a folder in which tars lie, is read as `TarStore` says; for the rest see `list_stored`.
+    A tar, or a folder with tars in it, is read by `TarStore`; for the rest see `list_stored`.
     """
     return list_stored(_open(path))
 
@@ -92,7 +92,7 @@ def _listed_labels(store: FileStore | TarStore, images: list[str], label_of: dic
 
 
 def _folders_of(name: str) -> list[str]:
-    """The folders an image lies in. Some programs unpack a zip from Windows to one folder of files `cat\\0.png`."""
+    """The folders above an image. Some programs unpack a zip from Windows to one folder of files `cat\\0.png`."""
     *folders, file = name.split("/")
     return folders + file.split("\\")[:-1]
 

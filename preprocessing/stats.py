@@ -1,4 +1,4 @@
-"""A reference batch for `evaluate.py` from images: ADM's `.npz` of pixels and, if asked, their Inception statistics."""
+"""A reference batch for `evaluate.py` from images: ADM's `.npz` of pixels, optionally with Inception statistics."""
 
 import zipfile
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def write_reference(
     if len(indices) == 0 or not all(0 <= index < total for index in indices):
         raise UserError(f"indices select {len(indices)} of {total} images; expected one or more from 0 to {total - 1}")
     if extractor and len(indices) < 2:
-        raise UserError("statistics of 1 image asked, expected at least 2: select more, or leave out the features")
+        raise UserError("statistics of 1 image requested, expected at least 2: select more, or leave out the features")
     with only_writer(npz_path):
         try:
             with written_aside(npz_path) as aside:

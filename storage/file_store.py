@@ -163,7 +163,7 @@ class FileStore:
                 archive, members = self._open_zip()
                 return archive.read(members[name])
             if ".." in Path(name).parts or Path(name).is_absolute():
-                raise UserError(f"{self.path} lists {name}, which lies outside it: correct its {LABELS}")
+                raise UserError(f"{self.path} lists {name}, which is outside it: correct its {LABELS}")
             return (self.path / name).read_bytes()
         except UserError:
             raise
@@ -248,7 +248,7 @@ def _kind_of(entry: os.DirEntry, root: Path, name: str, real: str, hidden: bool)
         return "a link to itself" if error.errno == errno.ELOOP else HIDDEN, entry.path
     target = os.path.realpath(entry.path)
     if os.path.commonpath([target, real]) == target:
-        return "a link to a folder that it lies in", target
+        return "a link to a folder above it", target
     return "link", target
 
 

@@ -269,7 +269,7 @@ def checked_indices(indices: np.ndarray, count: int) -> np.ndarray:
     """`indices` as int64. Raises `IndexError` unless all are in [0, count)."""
     indices = np.asarray(indices, dtype=np.int64)
     if indices.size and not (indices.min() >= 0 and indices.max() < count):
-        raise IndexError(f"sample {indices.min()}..{indices.max()} asked of a dataset of {count}")
+        raise IndexError(f"sample {indices.min()}..{indices.max()} requested from a dataset of {count}")
     return indices
 
 
@@ -301,7 +301,7 @@ class MappedRows:
             for file, here, inside in parts:
                 gathered[here] = self._arrays[file][inside]
         slow = time.perf_counter() - began > gathered.nbytes / COLD_SPEED
-        self._prefetches_left = COLD_READS if slow else self._slow_reads_left - 1
+        self._prefetches_left = COLD_READS if slow else self._prefetches_left - 1
         return gathered
 
     def _prefetch(self, file: int, rows: np.ndarray) -> None:
