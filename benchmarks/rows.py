@@ -72,7 +72,7 @@ class Rows:
         """Add, write and print one row."""
         self.record["rows"].append(row)
         self.write()
-        print("  ".join(f"{key} {short(row[key])}" for key in row if not isinstance(row[key], list)), flush=True)
+        print("  ".join(f"{key} {format_value(row[key])}" for key in row if not isinstance(row[key], list)), flush=True)
 
     def finish(self) -> None:
         """Mark the rows as complete."""
@@ -140,7 +140,7 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}"[:300]
 
 
-def short(value: object) -> str:
+def format_value(value: object) -> str:
     """A value for display."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -227,13 +227,13 @@ def precisions_of(text: str, device: torch.device) -> list[str]:
     Raises:
         UserError: for an unknown precision, none, or fp16 on the CPU.
     """
-    precisions = words(text, PRECISIONS, "--precisions")
+    precisions = parse_words(text, PRECISIONS, "--precisions")
     if device.type == "cpu" and "fp16" in precisions:
         raise UserError("--precisions fp16 needs a GPU and this is the CPU: choose bf16 or no")
     return precisions
 
 
-def words(text: str, known: Iterable[str], flag: str) -> list[str]:
+def parse_words(text: str, known: Iterable[str], flag: str) -> list[str]:
     """A comma-separated list of known words.
 
     Raises:
@@ -245,7 +245,7 @@ def words(text: str, known: Iterable[str], flag: str) -> list[str]:
     return given
 
 
-def counts(text: str, flag: str) -> list[int]:
+def parse_counts(text: str, flag: str) -> list[int]:
     """A comma-separated list of positive numbers.
 
     Raises:

@@ -26,11 +26,11 @@ from benchmarks.rows import (
     add_common_flags,
     benchmark_device,
     fresh_start,
+    parse_words,
     precisions_of,
     random_network,
     rows_of,
     summary,
-    words,
 )
 from common.errors import OneLineParser, exits_on_user_error
 from common.flags import number
@@ -116,7 +116,7 @@ def main() -> None:
     add("--tiny", action="store_true", help="latents of 8 x 8 in place of 32 x 32")
     add_common_flags(parser)
     args = parser.parse_args()
-    modes = words(args.modes, ("compiled", "eager"), "--modes")
+    modes = parse_words(args.modes, ("compiled", "eager"), "--modes")
     device, sizes = benchmark_device(args.device), SIZES | (TINY_SIZES if args.tiny else {})
     precisions = precisions_of(args.precisions, device)
     create_on_meta(args.model, sizes)

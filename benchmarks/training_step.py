@@ -30,16 +30,16 @@ from benchmarks.rows import (
     Rows,
     add_common_flags,
     benchmark_device,
-    counts,
     describe_error,
     fresh_start,
+    parse_counts,
+    parse_words,
     precisions_of,
     random_network,
     rows_of,
     summary,
     synchronize,
     times_of,
-    words,
 )
 from common.errors import OneLineParser, exits_on_user_error
 from common.flags import number
@@ -314,8 +314,8 @@ def build_parser() -> OneLineParser:
 def main() -> None:
     """Parse the command line and measure."""
     args = build_parser().parse_args()
-    models, batch_sizes = args.models.split(","), counts(args.batch_sizes, "--batch-sizes")
-    variants = words(args.variants, VARIANTS, "--variants")
+    models, batch_sizes = args.models.split(","), parse_counts(args.batch_sizes, "--batch-sizes")
+    variants = parse_words(args.variants, VARIANTS, "--variants")
     device, sizes = benchmark_device(args.device), SIZES | (TINY_SIZES if args.tiny else {})
     precisions = precisions_of(args.precisions, device)
     for model in models:
