@@ -87,9 +87,7 @@ class ImageArchive(ImageSource):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such file; expected an .npz of images")
+        self.path = _existing_file(path, "an .npz of images")
         if self.path.suffix.lower() not in ("", ".npz") and not zipfile.is_zipfile(self.path):
             raise UserError(f"{self.path}: no .npz; expected an .npz or .npy of images, or a folder of image files")
         try:
@@ -160,9 +158,7 @@ class ImageArray(ImageSource):
     statistics: dict[str, np.ndarray] = {}  # noqa: RUF012 - it stores none
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such file; expected an .npy of images")
+        self.path = _existing_file(path, "an .npy of images")
         try:
             self._images = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (*DAMAGE, OSError) as error:
@@ -245,6 +241,13 @@ class ImageFolder(ImageSource):
         except Exception as error:
             reason = "no known format" if type(error).__name__ == "UnidentifiedImageError" else first_line(error)
             raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
+
+
+def _existing_file(path: str | Path, expected: str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected {expected}")
+    return path
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

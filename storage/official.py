@@ -107,8 +107,11 @@ class FileLatents:
         return load_npy(content, "copy it again or encode it again", self.path / name)
 
     def read(self, index: int) -> np.ndarray:
-        """Moments (8, h, w) of one sample; `UserError` names a file that is missing, damaged, unlike the first, or
-        without a std."""
+        """Moments (8, h, w) of one sample.
+
+        Raises:
+            UserError: for a file that is missing, damaged, of another form than the first, or with a negative std.
+        """
         moments = self._load(self.names[index])
         if moments.shape != self.latent_shape or moments.dtype != self.dtype:
             raise UserError(
@@ -123,7 +126,7 @@ class FileLatents:
         return moments
 
     def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Moments (B, 2C, h, w) and labels (B,) of samples `indices` (B,); there are no mirror images."""
+        """Moments (B, 2C, h, w) and labels (B,) of samples `indices` (B,); `ValueError` for mirror images."""
         if mirrored is not None and mirrored.any():
             raise ValueError(f"{self.path} has no moments of mirror images")
         return np.stack([self.read(index) for index in indices]), self.labels[indices]
