@@ -1,11 +1,10 @@
-"""Training data: latents on disk or on the device, in an order that depends on the seed and the step alone.
+"""Training data: latents on disk or on the device, in an order that depends on seed and step alone.
 
-`open_latents` reads packed data and the layout of the official release, a folder or zip of one `.npy` per image with a
-`dataset.json` of labels, through one interface; the latter at the speed of one file per sample.
+`open_latents` gives one interface to packed data and to the layout of the official release, a folder or zip of one
+`.npy` per image with labels in `dataset.json`, which is slower to read.
 """
 
 import itertools
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,18 +18,18 @@ from tqdm import tqdm
 from common.errors import UserError
 from storage.features import PackedFeatures
 from storage.official import FileLatents
-from storage.packed import MANIFEST, PackedLatents, checked_indices
+from storage.packed import FILES, MANIFEST, PackedLatents, checked_indices, manifest_format
 
 LatentData = PackedLatents | FileLatents
 
 
 class DeviceLatents:
-    """The latents of `data` as a whole in the memory of `device`: batches are gathered there, and nothing is read.
+    """All latents and labels of `data` in the memory of `device`, where batches are gathered; images stay on disk.
 
-    ImageNet at 256 px in float16 takes 20 GiB, twice that with flips. Labels lie there too; images stay where they
-    are. To be given to `latent_batches` in place of `data`.
+    ImageNet at 256 px in float16 takes 20 GiB, with flips twice as much. It replaces `data` in `latent_batches`.
 
-    Raises `UserError` if they do not fit in what the device has free.
+    Raises:
+        UserError: if they do not fit in the free memory of the device.
     """
 
     def __init__(self, data: LatentData, device: str | torch.device) -> None:
@@ -72,45 +71,45 @@ class DeviceLatents:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     def gather_images(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
-        """As `PackedLatents.gather_images`: read from where they are."""
+        """As `PackedLatents.gather_images`."""
         return self._data.gather_images(indices, mirrored)
 
 
 def open_latents(path: str | Path) -> LatentData:
-    """The latents at `path`: a packed dataset, a folder or zip of one `.npy` an image, or a folder with one of
-    these as `vae-sd` or `vae-sd.zip` in it (what the official `--data-dir` names), and then, where there are any, the
-    `images` or `images.zip` beside.
+    """Open the latents at `path`.
 
-    Raises `UserError` as the reader of that layout does.
+    Args:
+        path: a packed dataset; a folder or zip of one `.npy` per image; or a folder that holds one of these as
+            `vae-sd` or `vae-sd.zip`, as the official `--data-dir` does, and optionally the images as `images` or
+            `images.zip`.
+
+    Raises:
+        UserError: as the reader of that layout does.
     """
     path, images = Path(path), []
     if path.is_dir() and not (path / MANIFEST).exists():
         inner = [path / name for name in ("vae-sd", "vae-sd.zip") if (path / name).exists()]
         images = [path / name for name in ("images", "images.zip") if inner and (path / name).exists()]
         path = inner[0] if inner else path
-    if path.is_file() or _lists_files(path / MANIFEST):
+    if path.is_file() or manifest_format(path) == FILES:
         return FileLatents(path, *images[:1])
     return PackedLatents(path)
 
 
-def _lists_files(manifest: Path) -> bool:
-    """Whether this is the `dataset.json` of one file a sample; a damaged one is left to its reader to report."""
-    try:
-        content = json.loads(manifest.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "format" not in content and "labels" in content
-
-
 class DataOrder:
-    """Which samples make up the global batch of each optimizer step.
+    """Which samples make up the global batch of each optimizer step: a pure function of the arguments and the step.
 
-    A pure function of (size, global_batch, seed, step). Every epoch is a fresh permutation of all `size`
-    samples. Epochs follow each other without a seam: the batch that reaches the end of one goes on with the
-    next, so nothing is dropped and a batch may exceed the dataset. The step is thus the whole position in the
-    data, and resuming needs nothing else.
+    Every epoch is a new permutation of all samples. A batch that reaches the end of an epoch continues with the next
+    one, so no sample is dropped and a batch may be larger than the dataset. The step alone is the position in the
+    data: resuming needs nothing else.
 
-    Raises `UserError` if `size` or `global_batch` is below 1 or `seed` is negative.
+    Args:
+        size: samples in the dataset.
+        global_batch: samples per optimizer step, over all processes and micro-batches.
+        seed: of the permutations.
+
+    Raises:
+        UserError: if `size` or `global_batch` is below 1 or `seed` is negative.
     """
 
     def __init__(self, size: int, global_batch: int, seed: int) -> None:
@@ -124,10 +123,10 @@ class DataOrder:
         self._epoch, self._permutation, self._coins = -1, np.empty(0, np.int64), np.empty(0, bool)
 
     def _draw(self, epoch: int) -> None:
-        """Draw the order of one epoch; the latest is kept, as ImageNet's takes a tenth of a second."""
+        """Draw the order of one epoch, unless it was the last one drawn: for ImageNet it takes a tenth of a second."""
         if epoch != self._epoch:
-            # Sorted raw bits: NumPy promises never to change these, unlike `Generator.permutation`. The lowest
-            # bit has no say in the order, so it serves as each sample's coin.
+            # Order by raw bits, which NumPy promises never to change, unlike `Generator.permutation`. The lowest bit
+            # hardly affects the order, so it serves as each sample's coin.
             bits = np.random.PCG64([self.seed, epoch]).random_raw(self.size)
             self._epoch, self._permutation, self._coins = epoch, np.argsort(bits, kind="stable"), bits % 2 == 1
 
@@ -136,7 +135,7 @@ class DataOrder:
         return self.batch_and_coins(step)[0]
 
     def batch_and_coins(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """`batch(step)`, and for each a fair coin (global_batch,) bool, drawn anew in each epoch: to mirror or not."""
+        """`batch(step)`, and per sample a fair coin (global_batch,) bool, new in each epoch: whether to mirror it."""
         first = step * self.global_batch
         epochs, offsets = np.divmod(np.arange(first, first + self.global_batch), self.size)
         indices, coins = [], []
@@ -150,12 +149,12 @@ class DataOrder:
 class LatentBatch(NamedTuple):
     """One micro-batch of one process."""
 
-    moments: torch.Tensor  # (B, 2C, h, w) mean and std, in the dtype they are stored in
+    moments: torch.Tensor  # (B, 2C, h, w) mean and std, in their stored dtype
     condition: torch.Tensor  # (B, ...): class ids (B,) int64
     indices: torch.Tensor  # (B,) int64, which samples of the dataset these are
-    mirrored: torch.Tensor  # (B,) bool, whether moments and images are those of the mirror image
-    images: torch.Tensor | None = None  # (B, H, W, 3) uint8, where asked for
-    features: list[torch.Tensor] | None = None  # (B, T, z) of each SSL encoder whose features were given
+    mirrored: torch.Tensor  # (B,) bool, whether moments and images are of the mirror image
+    images: torch.Tensor | None = None  # (B, H, W, 3) uint8, with `with_images`
+    features: list[torch.Tensor] | None = None  # (B, T, z) per entry of `features`
 
 
 def _parts_of_process(
@@ -178,19 +177,28 @@ def latent_batches(
     with_images: bool = False,
     features: Sequence[PackedFeatures] = (),
 ) -> Iterator[LatentBatch]:
-    """Endless batches of process `rank` of `world`, beginning with those of optimizer step `start_step`.
+    """Endless batches of one process, from optimizer step `start_step` on.
 
-    Each step yields `micro_batches` batches of global_batch / (world * micro_batches) samples. The global
-    batch is cut in contiguous parts: micro-batch m of process r is part r * micro_batches + m, so what the
-    step trains on depends on neither processes, nor accumulation, nor workers. `num_workers` threads read ahead
-    (0: nothing is read ahead); threads suffice, as NumPy gathers without holding the interpreter, and unlike
-    processes they need not copy each batch to another. Batches lie in pinned memory where there is a GPU. If the
-    dataset has mirror images, each visit of a sample takes one or the other, as the order's coin says. `with_images`
-    adds pixels, `features` those of the same samples; that they are of the same images is for
-    `PackedFeatures.check_belongs` to say.
+    Each step yields `micro_batches` batches of global_batch / (world * micro_batches) samples. The global batch is cut
+    into contiguous parts: micro-batch m of rank r is part r * micro_batches + m, so the samples of a step do not depend
+    on processes, accumulation or workers. If the dataset has mirror images, the order's coin decides for each sample
+    and epoch. Batches are in pinned memory if there is a GPU.
 
-    Raises `UserError` if the global batch does not divide evenly, `order` or `features` are for another number of
-    samples, or the dataset has no images though they are asked for.
+    Args:
+        data: the latents.
+        order: of the samples of `data`.
+        start_step: counted from 0.
+        rank: of this process.
+        world: number of processes.
+        num_workers: threads that read ahead (0: no reading ahead). Threads suffice, as NumPy gathers without the
+            interpreter lock, and need not copy batches between processes.
+        micro_batches: per step and process (gradient accumulation).
+        with_images: add pixels.
+        features: of the same samples, see `PackedFeatures.check_belongs`.
+
+    Raises:
+        UserError: if the global batch does not divide evenly, `order` or `features` are for another number of samples,
+            or `with_images` is set and the dataset has no images.
     """
     if order.size != len(data):
         raise UserError(f"the data order is for {order.size} samples, but the dataset has {len(data)}")
@@ -228,7 +236,7 @@ def latent_batches(
 def _read_ahead(
     read: Callable[[tuple], LatentBatch], parts: Iterator[tuple], num_workers: int
 ) -> Iterator[LatentBatch]:
-    """`map(read, parts)`, endless, with two batches a thread under way or waiting."""
+    """`map(read, parts)` of endless `parts`, two batches per thread ahead."""
     with ThreadPoolExecutor(num_workers, "latents") as pool:
         ahead = deque(pool.submit(read, next(parts)) for _ in range(2 * num_workers))
         while True:

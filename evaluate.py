@@ -4,9 +4,9 @@
     python evaluate.py REF.npz CHECKPOINT [--json metrics.json] [flags of generate.py]
     accelerate launch evaluate.py ...            # the same numbers, on all GPUs
 
-The `.npz` files hold `arr_0`, uint8 images (N, H, W, 3); ADM's reference batches load as they are, with the
-statistics stored in them. An `.npy` of such images, or a folder of image files of one size, does as well for either.
-A checkpoint, a file or the folder of a run, is sampled first, as generate.py would.
+The `.npz` files hold `arr_0`, uint8 images (N, H, W, 3); ADM's reference batches work unchanged, with their stored
+statistics. Either may also be an `.npy` of such images or a folder of image files of one size. A checkpoint, a file or
+the folder of a run, is sampled first, as by generate.py.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import generate
-from common.errors import OneLineParser, UserError, exits_on_user_error, memory_told
+from common.errors import OneLineParser, UserError, exits_on_user_error, reports_out_of_memory
 from common.files import portable, portable_argument, write_text
 from common.processes import join_processes, usable_device
 from evaluation import compare, extract, load_extractor, open_images
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: none)",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="OUT", help="file for metrics and their circumstances (default: none)"
+        "--json", type=Path, metavar="OUT", help="file for metrics and how they were computed (default: none)"
     )
     parser.add_argument(
         "--device",
@@ -86,14 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path means a network to sample, not samples: a file of weights, or a run, finished or not."""
+    """Whether a path names a network to sample instead of samples: a file of weights, or a run, finished or not."""
     if path.is_dir():
         return any((path / name).exists() for name in (generate.checkpoints.EMA_NAME, "options.json", "checkpoints"))
     return path.suffix in CHECKPOINTS
 
 
 def notes_on(reference: ImageSource, extractor: torch.nn.Module) -> list[str]:
-    """What keeps the numbers from being compared with published ones."""
+    """Reasons why the numbers cannot be compared with published ones."""
     notes = []
     if extractor.name == "inception" and extractor.weights_sha256 != INCEPTION_SHA256:
         notes.append("these are not the published Inception weights; the numbers compare only with each other")
@@ -108,19 +108,19 @@ def notes_on(reference: ImageSource, extractor: torch.nn.Module) -> list[str]:
 
 
 def recipe_path(samples: Path) -> Path:
-    """Where generate.py tells how samples, a file or the folder of PNG files beside it, were made."""
+    """The record that generate.py writes beside samples, which are a file or the folder of PNG files beside it."""
     samples = samples.resolve() if samples.is_dir() else samples.absolute()
     return samples.parent / f"{samples.name if samples.is_dir() else samples.stem}.json"
 
 
 def refuse_to_replace_recipe(json_path: Path | None, samples: Path) -> None:
-    """Raise `UserError` if the metrics would be written over what generate.py says of the samples."""
+    """Raise `UserError` if the metrics would overwrite the record that generate.py wrote of the samples."""
     if json_path and json_path.resolve() == recipe_path(samples).resolve():
-        raise UserError(f"--json {json_path}: there generate.py tells how the samples were made; give another name")
+        raise UserError(f"--json {json_path}: generate.py's record of the samples is there; give another name")
 
 
 def recipe_of(samples: Path) -> dict[str, Any] | None:
-    """What generate.py wrote beside the samples of how they were made."""
+    """The record that generate.py wrote beside the samples; None if there is none."""
     try:
         return json.loads(recipe_path(samples).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -133,7 +133,7 @@ def report(
     extractor: torch.nn.Module,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """All that is needed to judge or repeat the numbers, as JSON values that name no place on this machine."""
+    """What is needed to judge or repeat the numbers, as JSON values, without folders of this machine."""
     return {
         "metrics": metrics,
         **{
@@ -160,7 +160,7 @@ def report(
 
 
 @exits_on_user_error
-@memory_told("lower --batch-size, or free memory")
+@reports_out_of_memory("lower --batch-size, or free memory")
 def main() -> None:
     args, more = build_parser().parse_known_args()
     if args.batch_size < 1:
@@ -179,10 +179,10 @@ def main() -> None:
         raise UserError(f"--device {args.device} with {process.num_processes} processes: drop it, each has its own")
     args.device = usable_device(args.device) if args.device else process.device
 
-    # Everything that can be known to be wrong is told before the work of sampling.
+    # All mistakes that can be found before the work of sampling are reported here.
     reference = open_images(args.reference)
     samples = None if options else open_images(args.samples)
-    with process.local_main_process_first():  # one download a machine
+    with process.local_main_process_first():  # one download per machine
         extractor = load_extractor(args.features, args.feature_weights, args.device)
     if options:
         check_reference(reference, extractor)
@@ -201,7 +201,7 @@ def main() -> None:
         extract(images, extractor, label=label, **work)
         for label, images in (("reference", reference), ("samples", samples))
     ]
-    if process.num_processes > 1:  # the rest is the first one's work; nobody is left waiting for it
+    if process.num_processes > 1:  # rank 0 does the rest; the others end without waiting
         process.wait_for_everyone()
         torch.distributed.destroy_process_group()
     if not process.is_main_process:

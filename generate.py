@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.errors import UserError, exits_on_user_error, memory_told, spared_by
+from common.errors import UserError, exits_on_user_error, reports_out_of_memory, warn_if_not_drawn
 from common.files import only_writer, write_text
 from common.processes import join_processes, progress_bar, reported_by_any_process, require_compiler
 from generation.checkpoint import default_name, load_matching_vae, read_checkpoint, read_guide
@@ -47,7 +47,7 @@ class Job(NamedTuple):
     npz: Path
 
 
-@memory_told("lower --per-proc-batch-size, give --precision bf16, or free memory; the same command continues")
+@reports_out_of_memory("lower --per-proc-batch-size, give --precision bf16, or free memory; the same command continues")
 def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] | None = None) -> Path:
     """Make the samples that `options` (of `parse_options`) describe, alone or as one of several processes.
 
@@ -84,7 +84,7 @@ def generate(options: argparse.Namespace, approve: Callable[[Path, int], None] |
         with only_writer(npz, "--name or --sample-dir") if process.is_main_process else nullcontext():
             if process.is_main_process and (npz.exists(), samples.unfinished_record()) != (exists, unfinished):
                 raise UserError(f"{npz} has just been made by another process: give the same command again")
-            if process.is_main_process and (not continues or samples.is_cut_off()):
+            if process.is_main_process and (not continues or samples.is_truncated()):
                 samples.begin(record)
             make_missing_blocks(options, job, samples, model, guide)
             if process.is_main_process:
@@ -178,7 +178,7 @@ def write_pictures(options: argparse.Namespace, job: Job, samples: SampleFile, k
     """Write the grid, unless `keep_grid` and there is one, and with `--png` every image as a file of its own."""
     process, grid, count = join_processes(), job.npz.with_suffix(".png"), options.num_fid_samples
     if process.is_main_process and options.grid and not (keep_grid and grid.exists()):
-        with spared_by(str(grid), passing=(OSError,)):
+        with warn_if_not_drawn(str(grid), reraised=(OSError,)):
             save_grid(samples.read, job.labels[:count], job.checkpoint.metadata.get("class_names") or [], grid)
     if options.png:
         save_pngs(samples, range(process.process_index, count, process.num_processes), job.npz.with_suffix(""))

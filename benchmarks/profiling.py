@@ -1,4 +1,4 @@
-"""Where the time goes: kernels, gaps without any, and how often the host waits for the device."""
+"""Where the time goes: kernels, time without a kernel, and how often the host waits for the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +49,7 @@ def profile(work: Callable[[], object], count: int, device: torch.device) -> dic
 
 
 def idle_share(spans: list[tuple[float, float]]) -> float:
-    """The share of the time from the first start to the last end that lies in no span."""
+    """The share of the time, from the first start to the last end, that no span covers."""
     busy, reached = 0.0, -float("inf")
     for start, end in sorted(spans):
         busy += max(0.0, end - max(start, reached))

@@ -15,10 +15,10 @@ NOTES = {
     "machine": "Matrix products of random data, 8192 x 8192 x 8192 on a GPU; a copy counts bytes read and written.",
     "training": "The loop of `train.py` on random latents of 256 px that are on the device, with one average of the "
     "weights. Times are medians over the timed steps, in parentheses the 10th and 90th percentile. MFU counts a "
-    "backward as two forwards and a recomputed forward as none; it is held against the data sheet's dense rate, and "
-    "against the matrix product measured beside it. Start-up is the first two steps, compilation included.",
+    "backward as two forwards and a recomputed forward as none; it is relative to the data sheet's dense rate, and "
+    "to the matrix product measured beside it. Start-up is the first two steps, compilation included.",
     "sampling": "SDE through `generation/images.py`, without decoding. Images/s are extrapolated to 250 steps from two "
-    "short runs, not run; shares count two operations a multiply-add.",
+    "short runs, not run; shares count two operations per multiply-add.",
     "throughput": "Random weights, the real architectures.",
     "memory": "Powers of two, two eager steps each with one average of the weights; the estimate is the dry run's.",
 }
@@ -50,7 +50,7 @@ HEADINGS = {
 
 
 def markdown(results: dict[str, Any], order: list[str]) -> str:
-    """All parts, each with its table and what is missing of it."""
+    """All parts, each with its table and a note if it is incomplete."""
     commit = results["commit"] or "unknown (not in a checkout)"
     lines = [
         f"# {results['device']}, {results['date']}",
@@ -73,7 +73,7 @@ def markdown(results: dict[str, Any], order: list[str]) -> str:
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
-    """A row each; what a row could not measure says why in its first cell."""
+    """One line per row; a row that failed has its error in the first cell."""
     rows = [row for row in rows if "kernels" not in row and row["name"] != "driver"]
     columns = tuple(c for c in columns if any(cell(row, c) for row in rows))
     if not rows:
@@ -88,7 +88,7 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
 
 
 def cell(row: dict[str, Any], column: str) -> str:
-    """One figure for people."""
+    """One figure for display."""
     if column == "time":
         return f"{row['ms']:.3g} ({row['ms_p10']:.3g}-{row['ms_p90']:.3g})" if "ms" in row else ""
     value = row.get(column)
@@ -102,7 +102,7 @@ def cell(row: dict[str, Any], column: str) -> str:
 
 
 def details(row: dict[str, Any]) -> list[str]:
-    """What does not fit a table: the driver, names of tests, kernels."""
+    """What does not fit into a table: the driver, names of tests, kernels."""
     lines = []
     if row["name"] == "driver" and "error" not in row:
         lines.append("\n" + ", ".join(f"{key} {value}" for key, value in row.items() if key != "name"))
@@ -111,8 +111,13 @@ def details(row: dict[str, Any]) -> list[str]:
     if "kernels" in row:
         idle = f"; no kernel runs in {100 * row['idle_share']:.1f} % of the time" if "idle_share" in row else ""
         waits = ", ".join(f"{name} {count:g}" for name, count in row["host_waits_per_step"].items()) or "none"
-        lines += ["", f"### {row['name'][0].upper()}{row['name'][1:]}", f"The host's waits a call: {waits}{idle}.", ""]
-        lines += ["| kernel | us a call | share | launches |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"### {row['name'][0].upper()}{row['name'][1:]}",
+            f"The host's waits per call: {waits}{idle}.",
+            "",
+        ]
+        lines += ["| kernel | us per call | share | launches |", "|---|---|---|---|"]
         for k in row["kernels"]:
             name = k["kernel"].replace("|", "/")
             lines.append(f"| `{name}` | {k['us']:.0f} | {100 * k['share']:.1f} % | {k['calls']:g} |")

@@ -1,5 +1,6 @@
-"""What the benchmarks share: rows written one by one, timing, and a network with weights as after some training."""
+"""What the GPU benchmarks share: rows written one by one, timing, flags, and a network without zero weights."""
 
+import argparse
 import gc
 import hashlib
 import json
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
+from common.errors import OneLineParser, UserError, first_line
 from common.files import write_text
+from common.flags import PRECISIONS
 from common.processes import usable_device
 from models import DeepFlow, create_model
 from training.records import code_commit
@@ -29,15 +31,15 @@ TINY_SIZES = dict(num_classes=10, input_size=8)  # of the networks that --tiny m
 
 
 class Rows:
-    """The rows of one benchmark, in a JSON file that is whole at any time.
+    """The rows of one benchmark, in a JSON file that is complete at any time.
 
-    Rows of an earlier run with the same settings, code and machine are kept, and not measured again.
+    Rows of an earlier run with the same settings, code and machine are kept and not measured again.
 
     Args:
         part: name of the benchmark.
-        settings: what was asked for.
+        settings: values of the flags.
         device: where it runs.
-        file: None keeps the rows in memory alone.
+        file: None keeps the rows in memory only.
     """
 
     def __init__(self, part: str, settings: dict[str, Any], device: torch.device, file: Path | None) -> None:
@@ -54,7 +56,7 @@ class Rows:
         return any(row["name"] == name for row in self.record["rows"])
 
     def measure(self, names: str | Sequence[str], work: Callable[[], dict | list[dict]]) -> None:
-        """Add the rows that `work` returns under their names; where it fails, rows that say why."""
+        """Add the rows that `work` returns under their names; if it fails, rows with the error."""
         names = [names] if isinstance(names, str) else list(names)
         if all(map(self.has, names)):
             return
@@ -70,10 +72,10 @@ class Rows:
         """Add, write and print one row."""
         self.record["rows"].append(row)
         self.write()
-        print("  ".join(f"{key} {short(row[key])}" for key in row if not isinstance(row[key], list)), flush=True)
+        print("  ".join(f"{key} {format_value(row[key])}" for key in row if not isinstance(row[key], list)), flush=True)
 
     def finish(self) -> None:
-        """All rows are there."""
+        """Mark the rows as complete."""
         self.record["done"] = True
         self.write()
 
@@ -84,7 +86,7 @@ class Rows:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """What `Rows` wrote; empty where there is nothing, or nothing of that kind."""
+    """The record that `Rows` wrote; empty if there is none."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -93,12 +95,12 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two records are of the same measurement: settings, code, machine."""
+    """Whether two records have the same settings, code and machine."""
     return bool(one) and all(one.get(key) == other.get(key) for key in ("settings", "sources", "device", "torch"))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, torch, code and date, without a name or path of whoever runs it."""
+    """Device, torch, code and date, without the user's name or paths."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({processor()})",
         "cpus": os.cpu_count(),
@@ -120,7 +122,7 @@ def processor() -> str:
 
 
 def sources_sha256() -> str:
-    """Tells the state of the code where there is no git, as on a lent machine: 12 digits over all Python sources."""
+    """Identifies the code where there is no git, as on a rented machine: 12 digits over all Python sources."""
     digest = hashlib.sha256()
     skipped = {"tests", "data", "runs", "samples", "shared"}
     for path in sorted(ROOT.rglob("*.py")):
@@ -131,15 +133,15 @@ def sources_sha256() -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """One line without paths of this machine."""
+    """An error in one line, without paths of this machine."""
     if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
         return OUT_OF_MEMORY
-    line = (str(error).strip().splitlines() or [""])[0].replace(str(ROOT), ".").replace(str(Path.home()), "~")
+    line = first_line(error).replace(str(ROOT), ".").replace(str(Path.home()), "~")
     return f"{type(error).__name__}: {line}"[:300]
 
 
-def short(value: object) -> str:
-    """A value for people."""
+def format_value(value: object) -> str:
+    """A value for display."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -155,7 +157,7 @@ def benchmark_device(name: str) -> torch.device:
 
 
 def fresh_start(device: torch.device) -> None:
-    """Free what earlier rows left, compiled code too, and measure the peak of the memory from here on."""
+    """Free memory and compiled code of earlier rows, and restart the measurement of peak memory."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -170,7 +172,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def times_of(work: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Seconds of each of `count` calls in a row, on a GPU between events, so that the host does not wait in between."""
+    """Seconds of each of `count` calls in a row; on a GPU by events, so that the host does not wait in between."""
     if device.type != "cuda":
         times = [time.perf_counter()]
         for _ in range(count):
@@ -194,12 +196,12 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def random_network(model: str, device: torch.device, **sizes: Any) -> DeepFlow:
-    """A network in which no weight is zero: a fresh one multiplies zeros, which takes a GPU less power, and less time.
+    """A network without zero weights: multiplying the zeros of a new one takes a GPU less power, and less time.
 
     Its gates are small, as after some training.
     """
     torch.manual_seed(0)
-    with device:  # hundreds of millions of random numbers take the CPU seconds
+    with device:  # on the CPU hundreds of millions of random numbers take seconds
         network = create_model(model, **sizes)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -208,7 +210,30 @@ def random_network(model: str, device: torch.device, **sizes: Any) -> DeepFlow:
     return network
 
 
-def words(text: str, known: Iterable[str], flag: str) -> list[str]:
+def add_common_flags(parser: OneLineParser) -> None:
+    """--device and --output."""
+    parser.add_argument("--device", default="cuda", help="where (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures (default: none)")
+
+
+def rows_of(part: str, args: argparse.Namespace, device: torch.device) -> Rows:
+    """The `Rows` of a benchmark whose settings are its flags."""
+    return Rows(part, {key: value for key, value in vars(args).items() if key != "output"}, device, args.output)
+
+
+def precisions_of(text: str, device: torch.device) -> list[str]:
+    """The values of --precisions.
+
+    Raises:
+        UserError: for an unknown precision, none, or fp16 on the CPU.
+    """
+    precisions = parse_words(text, PRECISIONS, "--precisions")
+    if device.type == "cpu" and "fp16" in precisions:
+        raise UserError("--precisions fp16 needs a GPU and this is the CPU: choose bf16 or no")
+    return precisions
+
+
+def parse_words(text: str, known: Iterable[str], flag: str) -> list[str]:
     """A comma-separated list of known words.
 
     Raises:
@@ -220,7 +245,7 @@ def words(text: str, known: Iterable[str], flag: str) -> list[str]:
     return given
 
 
-def counts(text: str, flag: str) -> list[int]:
+def parse_counts(text: str, flag: str) -> list[int]:
     """A comma-separated list of positive numbers.
 
     Raises:

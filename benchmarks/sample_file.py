@@ -1,17 +1,13 @@
-"""What writing samples costs: the streamed `.npz` against holding all images and saving them, in memory and seconds.
+"""What writing samples costs, in memory and seconds: the streamed `.npz` against saving all images at once.
 
     python -m benchmarks.sample_file --images 50000 --dir SCRATCH --output sample_file.json
 
 Writes random images of 256 px, 64 at a time, through `generation.sample_file`, reads the file as ADM's evaluator does
 (through the zip, without loading it) and compares some images; then stacks images in memory and saves them with
-`np.savez`, as the official release does after its detour over PNG files (of fewer images: all would not fit). Each runs
-in a process of its own; memory is its peak beyond imports. The files are deleted in the end.
+`np.savez`, as the official release does after writing PNG files (fewer images, as all would not fit). Each runs in its
+own process; memory is its peak beyond imports. The files are deleted at the end.
 """
 
-import json
-import multiprocessing
-import os
-import resource
 import tempfile
 import time
 import zipfile
@@ -20,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.figures import in_new_process, peak_bytes, write_figures
 from common.errors import OneLineParser, exits_on_user_error
 from generation.sample_file import SampleFile
 
@@ -27,13 +24,8 @@ SIDE, BATCH = 256, 64
 
 
 def images_of(first: int, count: int) -> np.ndarray:
-    """Random images, a function of their numbers: uint8 (count, 256, 256, 3)."""
+    """Random images, a function of their numbers: uint8 (count, SIDE, SIDE, 3)."""
     return np.random.default_rng(first).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def stream(npz: Path, count: int) -> None:
@@ -47,14 +39,14 @@ def stream(npz: Path, count: int) -> None:
     samples.publish()
 
 
-def hold(npz: Path, count: int) -> None:
+def save_at_once(npz: Path, count: int) -> None:
     """Stack `count` images, then save them."""
     parts = [images_of(first, min(BATCH, count - first)) for first in range(0, count, BATCH)]
     np.savez(npz, arr_0=np.concatenate(parts), arr_1=np.zeros(count, np.int64))
 
 
 def check(npz: Path, count: int) -> int:
-    """Read the file as ADM's evaluator does, a batch at a time; how many images agreed with what was written."""
+    """Read the file by batches, as ADM's evaluator does; the number of compared batches that are as written."""
     agreed = 0
     with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as stream:
         np.lib.format.read_magic(stream)
@@ -62,7 +54,7 @@ def check(npz: Path, count: int) -> int:
         assert shape == (count, SIDE, SIDE, 3) and dtype == np.uint8
         for first in range(0, count, BATCH):
             part = np.frombuffer(stream.read(min(BATCH, count - first) * SIDE * SIDE * 3), np.uint8)
-            if first % (100 * BATCH) == 0:  # all are read, and checked by the zip's checksum; some are compared
+            if first % (100 * BATCH) == 0:  # the zip's checksum covers all; some are compared
                 agreed += int((part.reshape(-1, SIDE, SIDE, 3) == images_of(first, min(BATCH, count - first))).all())
     with np.load(npz, allow_pickle=False) as arrays:
         assert len(arrays["arr_1"]) == count
@@ -71,22 +63,15 @@ def check(npz: Path, count: int) -> int:
 
 def measure(work: Callable[[Path, int], None], npz: Path, count: int) -> dict[str, float]:
     """Seconds and bytes of `work` in a new process."""
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    process = context.Process(target=_measured, args=(work, npz, count, results))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"{work.__name__} ended with {process.exitcode}: too little memory or disk?")
-    return results.get()
+    return in_new_process(_measured, work, npz, count)
 
 
-def _measured(work: Callable, npz: Path, count: int, results: multiprocessing.SimpleQueue) -> None:
+def _measured(work: Callable, npz: Path, count: int) -> dict[str, float]:
     images_of(0, BATCH)
     before, began = peak_bytes(), time.perf_counter()
     work(npz, count)
     figures = {"images": count, "seconds": time.perf_counter() - began, "peak_bytes": peak_bytes() - before}
-    results.put(figures | {"baseline_bytes": before, "file_bytes": npz.stat().st_size})
+    return figures | {"baseline_bytes": before, "file_bytes": npz.stat().st_size}
 
 
 @exits_on_user_error
@@ -94,7 +79,7 @@ def main() -> None:
     """Parse the command line, measure, print a table and write the figures as JSON."""
     parser = OneLineParser(description="Memory and seconds of the streamed file of samples.")
     parser.add_argument("--images", type=int, default=50_000, help="images streamed (default: %(default)s)")
-    parser.add_argument("--plain-images", type=int, default=5_000, help="images held at once (default: %(default)s)")
+    parser.add_argument("--plain-images", type=int, default=5_000, help="images saved at once (default: %(default)s)")
     parser.add_argument("--dir", help="folder for the temporary file (default: the system's)")
     parser.add_argument("--output", help="JSON file for the figures (default: none)")
     args = parser.parse_args()
@@ -104,13 +89,11 @@ def main() -> None:
         results["streamed"] = measure(stream, npz, args.images)
         results["streamed"]["batches_compared"] = check(npz, args.images)
         npz.unlink()
-        results["held, then saved"] = measure(hold, npz, args.plain_images)
+        results["held, then saved"] = measure(save_at_once, npz, args.plain_images)
     for name, result in results.items():
         rate, memory = result["images"] / result["seconds"], result["peak_bytes"] / 2**20
         print(f"{name:20s}{result['images']:8d} images{rate:10,.0f} images/s{memory:10,.0f} MiB over the baseline")
-    if args.output:
-        settings = {**vars(args), "cpus": os.cpu_count(), "load": os.getloadavg()[0], "numpy": np.__version__}
-        Path(args.output).write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    write_figures(args.output, vars(args), results, numpy=np.__version__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast images are sampled, and how near the machine's ceilings.
+"""How fast images are sampled, and how close that is to the machine's ceilings.
 
     python -m benchmarks.sampling --output sampling.json
     python -m benchmarks.sampling --model DeepFlow-B/2-2T --precisions no,bf16 --device cpu
@@ -11,7 +11,6 @@ images/s of 250 steps, which are not run here.
 import itertools
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import KIND_OF_PRECISION, matrix_rate
 from benchmarks.profiling import profile
-from benchmarks.rows import SIZES, TINY_SIZES, Rows, benchmark_device, fresh_start, random_network, summary, words
-from common.errors import OneLineParser, UserError, exits_on_user_error
-from common.flags import PRECISIONS, number
+from benchmarks.rows import (
+    SIZES,
+    TINY_SIZES,
+    add_common_flags,
+    benchmark_device,
+    fresh_start,
+    parse_words,
+    precisions_of,
+    random_network,
+    rows_of,
+    summary,
+)
+from common.errors import OneLineParser, exits_on_user_error
+from common.flags import number
 from generation.images import arithmetic, generate_images, images_per_block, prepare_network
 from generation.options import Settings
 from models import create_model
@@ -35,7 +45,7 @@ GUIDANCE = {"guided": 1.5, "unguided": 1.0}
 
 
 def as_pixels(latents: Tensor) -> Tensor:
-    """In place of a decoder: the first three channels as they are."""
+    """In place of a decoder: the first three channels."""
     return latents[:, :3].clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
@@ -49,7 +59,7 @@ def velocity_macs(model: str, sizes: dict[str, int]) -> int:
 
 
 class Sampler:
-    """Guided or unguided blocks of images of one random network, prepared as `generate.py` does."""
+    """Samples blocks of images, guided or not, from one random network prepared as in `generate.py`."""
 
     def __init__(self, name: str, compiled: bool, precision: str, device: torch.device, sizes: dict[str, int]) -> None:
         self.model = prepare_network(random_network(name, device, **sizes).eval(), compiled, precision)
@@ -58,7 +68,7 @@ class Sampler:
         self.labels = np.arange(self.block) % self.model.num_classes
 
     def __call__(self, steps: int, guidance: str) -> float:
-        """Seconds of one block; it ends with the images on the host."""
+        """Seconds for one block, until its images are on the host."""
         settings = Settings(num_steps=steps, cfg_scale=GUIDANCE[guidance], precision=self.precision)
         began = time.perf_counter()
         with arithmetic(tf32=True):
@@ -71,19 +81,19 @@ class Sampler:
         fresh_start(self.device)
         start_up, precision = self(2, guidance), self.precision
         pairs = [(self(steps, guidance), self(3 * steps, guidance)) for _ in range(repeats)]
-        few, many = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-        a_step = (many - few) / (2 * steps)
-        total = max(0.0, few - steps * a_step) + FULL_STEPS * a_step
+        short_run, long_run = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        step_seconds = (long_run - short_run) / (2 * steps)
+        total = max(0.0, short_run - steps * step_seconds) + FULL_STEPS * step_seconds
         flop = 2 * velocity_macs(self.name, self.sizes) * self.block * (2 if guidance == "guided" else 1)
         kind = "TF32" if precision == "no" and self.device.type == "cuda" else KIND_OF_PRECISION[precision]
         measured = matrix_rate(kind, self.device)["tflops"]
         row = {"model": self.name, "precision": precision, "guidance": guidance, "compiled": self.compiled}
         row |= {"block": self.block, "images_per_second_250": self.block / total}
-        row |= summary([(long - short) / (2 * steps) for short, long in pairs]) | {"ms": 1e3 * a_step}
-        row |= {"tflops": flop / a_step / 1e12, "start_up_s": start_up}
+        row |= summary([(long - short) / (2 * steps) for short, long in pairs]) | {"ms": 1e3 * step_seconds}
+        row |= {"tflops": flop / step_seconds / 1e12, "start_up_s": start_up}
         if peak := peak_flops(self.device, precision):
-            row["share_data_sheet"] = flop / a_step / peak
-        row |= {"share_measured": flop / a_step / 1e12 / measured, "measured_tflops": measured}
+            row["share_data_sheet"] = flop / step_seconds / peak
+        row |= {"share_measured": flop / step_seconds / 1e12 / measured, "measured_tflops": measured}
         return row | ({"peak_gib": memory_gib(self.device)} if self.device.type == "cuda" else {})
 
     def profile(self) -> dict[str, Any]:
@@ -104,16 +114,13 @@ def main() -> None:
     add("--repeats", type=number(int, 1), default=5, help="runs of either length (default: %(default)s)")
     add("--profile", action="store_true", help="profile guided sampling in the first mode and precision")
     add("--tiny", action="store_true", help="latents of 8 x 8 in place of 32 x 32")
-    add("--device", default="cuda", help="where (default: %(default)s)")
-    add("--output", type=Path, help="JSON file for the figures (default: none)")
+    add_common_flags(parser)
     args = parser.parse_args()
-    precisions = words(args.precisions, PRECISIONS, "--precisions")
-    modes = words(args.modes, ("compiled", "eager"), "--modes")
+    modes = parse_words(args.modes, ("compiled", "eager"), "--modes")
     device, sizes = benchmark_device(args.device), SIZES | (TINY_SIZES if args.tiny else {})
-    if device.type == "cpu" and "fp16" in precisions:
-        raise UserError("--precisions fp16 needs a GPU and this is the CPU: choose bf16 or no")
+    precisions = precisions_of(args.precisions, device)
     create_on_meta(args.model, sizes)
-    rows = Rows("sampling", {k: v for k, v in vars(args).items() if k != "output"}, device, args.output)
+    rows = rows_of("sampling", args, device)
     for mode, precision in itertools.product(modes, precisions):
         sampler = Sampler(args.model, mode == "compiled", precision, device, sizes)
         for guidance in GUIDANCE:

@@ -4,12 +4,10 @@
     python -m benchmarks.ssl_alignment --model DeepFlow-XL/2 --batch-size 32 --samples 4096 --mixed-precision bf16
 
 A step here is what alignment changes: reading a batch, the encoder, and the network's forward and backward, without the
-optimizer. All weights, images and features are random. Printed is the time of a step: of three rounds over all kinds,
-the best for each, as other programs on the machine can only slow it down.
+optimizer. All weights, images and features are random. Prints the time of a step, for each kind the best of three
+rounds, as other programs on the machine can only slow it down.
 """
 
-import json
-import os
 import platform
 import tempfile
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.figures import write_figures
 from common.errors import OneLineParser, exits_on_user_error
 from common.flags import PRECISIONS
 from common.processes import usable_device
@@ -53,7 +52,7 @@ def write_latents(folder: Path, samples: int, resolution: int) -> None:
         images=True,
     )
     job = PackedJob.begin(folder, manifest, names, labels)
-    for unit in job.left():
+    for unit in job.unwritten_units():
         n = len(job.rows_of(unit))
         images = rng.integers(0, 256, (n, resolution, resolution, 3), np.uint8)
         job.write_unit(unit, rng.random((n, 8, side, side), np.float32), images)
@@ -61,7 +60,7 @@ def write_latents(folder: Path, samples: int, resolution: int) -> None:
 
 
 def write_features(folder: Path, samples: int, resolution: int, encoder: str) -> None:
-    """Random features of as many tokens as the latents have."""
+    """Random features, with as many tokens as the network has for these latents."""
     rng, tokens, width = np.random.default_rng(1), (resolution // REDUCTION // PATCH) ** 2, encoder_width(encoder)
     names = [f"{index:08d}.png" for index in range(samples)]
     manifest = features_manifest(
@@ -74,13 +73,13 @@ def write_features(folder: Path, samples: int, resolution: int, encoder: str) ->
         weights_sha256="",
     )
     job = PackedJob.begin(folder, manifest, names)
-    for unit in job.left():
+    for unit in job.unwritten_units():
         job.write_unit(unit, rng.standard_normal((len(job.rows_of(unit)), tokens, width), np.float32))
     job.finish()
 
 
 def step_seconds(step: TrainingStep, batches: Iterator[LatentBatch], count: int) -> float:
-    """Seconds of one step's gradients, averaged over `count` after one to warm up."""
+    """Seconds of one step's gradients, the average of `count` steps after a first one."""
     step.batches = batches
 
     def finished() -> float:
@@ -109,7 +108,7 @@ def measure_all(
     device: torch.device,
     precision: str,
 ) -> dict[str, dict[str, float]]:
-    """Seconds a step of each kind, and how much longer than without alignment, by a name for people."""
+    """Seconds per step of each kind, and relative to no alignment, by a title."""
     write_latents(folder / "latents", samples, resolution)
     write_features(folder / "features", samples, resolution, encoder_name)
     data, features = PackedLatents(folder / "latents"), PackedFeatures(folder / "features")
@@ -146,7 +145,7 @@ def main() -> None:
     add("--model", default="DeepFlow-S/2", help="network to train (default: %(default)s)")
     add("--encoder", default="dinov2-vit-b", help="encoder to align with (default: %(default)s)")
     add("--resolution", type=int, default=256, help="image side, pixels (default: %(default)s)")
-    add("--batch-size", type=int, default=4, help="samples a step (default: %(default)s)")
+    add("--batch-size", type=int, default=4, help="samples per step (default: %(default)s)")
     add("--samples", type=int, default=64, help="samples on disk (default: %(default)s)")
     add("--steps", type=int, default=2, help="steps timed for each kind and round (default: %(default)s)")
     add("--num-workers", type=int, default=0, help="threads that read ahead (default: %(default)s)")
@@ -170,12 +169,10 @@ def main() -> None:
             args.mixed_precision,
         )
     for name, result in results.items():
-        print(f"{name:20s}{result['seconds']:10.3f} s a step{result['times_plain']:8.2f} x without alignment")
+        print(f"{name:20s}{result['seconds']:10.3f} s per step{result['times_plain']:8.2f} x without alignment")
     if args.output:
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-        machine = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__, "device_name": card}
-        settings = {**vars(args), "python": platform.python_version(), **machine}
-        Path(args.output).write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+        write_figures(args.output, vars(args), results, torch=torch.__version__, device_name=card)
 
 
 if __name__ == "__main__":

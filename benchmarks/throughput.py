@@ -2,8 +2,7 @@
 
     python -m benchmarks.throughput --output throughput.json
 
-Weights are random, architectures the real ones, images of 256 px. A network whose library is not installed is a row
-that says so.
+Weights are random, architectures real, images of 256 px. If a network's library is not installed, its row says so.
 """
 
 import tempfile
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.rows import Rows, benchmark_device, summary, synchronize, times_of
+from benchmarks.rows import Rows, add_common_flags, benchmark_device, rows_of, summary, synchronize, times_of
 from common.errors import OneLineParser, exits_on_user_error
 from dataset import DataOrder, DeviceLatents, latent_batches
 from evaluation.features import load_extractor
@@ -59,7 +58,7 @@ def write_latents(folder: Path, samples: int, side: int) -> PackedLatents:
 
 
 def reading_rate(data: PackedLatents, on_device: bool, batch_size: int, device: torch.device) -> dict[str, Any]:
-    """Latents/s that arrive on the device, over two seconds (read-ahead comes in bursts: a median would mislead)."""
+    """Latents/s that arrive on the device, over two seconds (not a median, as read-ahead comes in bursts)."""
     source = DeviceLatents(data, device) if on_device else data
     batches: Iterator = latent_batches(source, DataOrder(len(data), batch_size, 0), num_workers=0 if on_device else 4)
 
@@ -94,7 +93,7 @@ def sd_vae(device: torch.device, dtype: torch.dtype, tiny: bool) -> nn.Module:
 
 
 def inception_weights(file: Path) -> Path:
-    """Random weights of torch-fidelity's Inception, which its constructor would else download."""
+    """Random weights of torch-fidelity's Inception, so that its constructor downloads none."""
     from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
     class Untrained(theirs.FeatureExtractorInceptionV3):
@@ -112,7 +111,7 @@ def inception_weights(file: Path) -> Path:
 
 
 def measure_all(rows: Rows, folder: Path, device: torch.device, batch_size: int, tiny: bool) -> None:
-    """Every rate, a row each."""
+    """One row per rate."""
     on_gpu, side, count = device.type == "cuda", 4 if tiny else 32, 2 if tiny else 10
     pixels, generator = 8 * side, torch.Generator(device).manual_seed(0)
     images = torch.randint(256, (batch_size, pixels, pixels, 3), dtype=torch.uint8, device=device, generator=generator)
@@ -154,13 +153,12 @@ def measure_all(rows: Rows, folder: Path, device: torch.device, batch_size: int,
 def main() -> None:
     """Parse the command line and measure."""
     parser = OneLineParser(description="Images/s of reading, the SD-VAE, Inception and DINOv2 features.")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a call (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per call (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="images of 32 px, smaller networks")
-    parser.add_argument("--device", default="cuda", help="where (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures (default: none)")
+    add_common_flags(parser)
     args = parser.parse_args()
     device = benchmark_device(args.device)
-    rows = Rows("throughput", {k: v for k, v in vars(args).items() if k != "output"}, device, args.output)
+    rows = rows_of("throughput", args, device)
     with tempfile.TemporaryDirectory() as folder:
         measure_all(rows, Path(folder), device, args.batch_size, args.tiny)
 

@@ -1,21 +1,20 @@
-"""How fast a training step is, how near the machine's ceilings, and what batch fits.
+"""How fast a training step is, how close to the machine's ceilings, and what batch fits.
 
     python -m benchmarks.training_step --models DeepFlow-B/2-2T --batch-sizes 4 --precisions no,bf16 --device cpu
     python -m benchmarks.training_step --models DeepFlow-XL/2-3T,DeepFlow-B/2-2T --batch-sizes 128,64,32,256
     python -m benchmarks.training_step --memory --models DeepFlow-XL/2-3T
 
-The step is `train.py`'s: its `TrainingStep`, the verdict read one step behind, and one average of the weights; the
-latents are random and on the device. The first model, batch size, precision and variant are the base of each model;
-the others are varied one at a time. With --rounds above 1, all that differs in precision and variant alone is kept in
-memory and measured in turn, so that a machine whose speed drifts does not decide the ratio.
+The step is `train.py`'s: its `TrainingStep`, the outcome read one step later, and one average of the weights; the
+latents are random and on the device. The first batch size, precision and variant are the base case of each model; the
+others are varied one at a time. With --rounds above 1, cases that differ only in precision and variant stay in memory
+and are measured in turn, so that a drift of the machine's speed does not change their ratio.
 """
 
 import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -29,18 +28,22 @@ from benchmarks.rows import (
     SIZES,
     TINY_SIZES,
     Rows,
+    add_common_flags,
     benchmark_device,
-    counts,
     describe_error,
     fresh_start,
+    parse_counts,
+    parse_words,
+    precisions_of,
     random_network,
+    rows_of,
     summary,
     synchronize,
     times_of,
-    words,
 )
-from common.errors import OneLineParser, UserError, exits_on_user_error
-from common.flags import PRECISIONS, number
+from common.errors import OneLineParser, exits_on_user_error
+from common.flags import number
+from common.processes import allow_tf32
 from dataset import LatentBatch
 from loss import DeepFlowLoss
 from models import create_model
@@ -57,13 +60,13 @@ LARGEST = 1024  # images that --memory tries
 
 
 class Variant(NamedTuple):
-    """A way to run the same step."""
+    """One way to run the training step."""
 
     compiled: bool = True
     tf32: bool = False
     checkpointing: bool = False
     attention: SDPBackend | None = None  # None: torch chooses
-    tuned: bool = False  # tile sizes of pointwise kernels and reductions are tried out
+    tuned: bool = False  # the compiler tries several tile sizes of pointwise kernels and reductions
 
 
 VARIANTS = {
@@ -80,7 +83,7 @@ VARIANTS = {
 
 
 class Case(NamedTuple):
-    """What is measured in one row."""
+    """The case that one row measures."""
 
     model: str
     batch_size: int
@@ -89,7 +92,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The title of its row."""
         return f"{self.model} {self.precision} batch {self.batch_size} {self.variant}"
 
 
@@ -117,7 +120,7 @@ class Training:
         self.loop = self.steps()
 
     def steps(self) -> Iterator[int]:
-        """`train.py`'s loop without its records: yields after each launch the number of steps that were applied."""
+        """`train.py`'s loop without its records: after each launch yields the number of applied steps."""
         done, update = 0, None
         while True:
             ahead = done + (update is not None)
@@ -137,7 +140,7 @@ class Training:
             yield done
 
     def start(self) -> float:
-        """Seconds of the first two steps, which compile; then more to warm up."""
+        """Run the first two steps, which compile, then warm-up steps; returns the seconds of the first two."""
         began = time.perf_counter()
         with arithmetic(self.variant):
             for _ in range(2):
@@ -157,21 +160,14 @@ class Training:
 
 @contextmanager
 def arithmetic(variant: Variant) -> Iterator[None]:
-    """The variant's matrix products and attention kernel; afterwards as before."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    with ExitStack() as stack:
-        if variant.attention is not None:
-            stack.enter_context(sdpa_kernel([variant.attention]))
-        matmul.allow_tf32 = cudnn.allow_tf32 = variant.tf32
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+    """Inside, the variant's matrix products and attention kernel are used; then as before."""
+    attention = nullcontext() if variant.attention is None else sdpa_kernel([variant.attention])
+    with attention, allow_tf32(variant.tf32):
+        yield
 
 
 def random_batches(batch_size: int, config: dict[str, Any], device: torch.device) -> Iterator[LatentBatch]:
-    """Endless random latents and labels on the device: two batches in turn."""
+    """Endless batches of random latents and labels on the device, two in turn."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch_size, 2 * config["in_channels"], config["input_size"], config["input_size"])
     batches = []
@@ -184,7 +180,7 @@ def random_batches(batch_size: int, config: dict[str, Any], device: torch.device
 
 
 def work_of(case: Case, sizes: dict[str, int]) -> Any:
-    """What one image costs by count: see `training.plan.measure`."""
+    """The computed cost of one image, see `training.plan.measure`."""
     options = SimpleNamespace(
         activation_checkpointing=VARIANTS[case.variant].checkpointing, mixed_precision=case.precision
     )
@@ -192,7 +188,7 @@ def work_of(case: Case, sizes: dict[str, int]) -> Any:
 
 
 def group_rows(cases: Sequence[Case], device: torch.device, sizes: dict[str, int], steps: int, rounds: int) -> list:
-    """One row each for cases that are kept side by side and measured in turn."""
+    """One row per case; the cases are in memory together and measured in turn."""
     fresh_start(device)
     runs = [Training(case, device, sizes) for case in cases]
     started = [run.start() for run in runs]
@@ -203,7 +199,7 @@ def group_rows(cases: Sequence[Case], device: torch.device, sizes: dict[str, int
     alone = device.type == "cuda" and len(cases) == 1
     peak = {"peak_gib": memory_gib(device)} if alone else {}
     runs.clear()
-    fresh_start(device)  # the rate beside it needs memory, too
+    fresh_start(device)  # the matrix rate needs memory too
     return [
         rates(case, summary(seconds), device, sizes) | {"start_up_s": start} | peak
         for case, seconds, start in zip(cases, times, started, strict=True)
@@ -211,7 +207,7 @@ def group_rows(cases: Sequence[Case], device: torch.device, sizes: dict[str, int
 
 
 def rates(case: Case, times: dict[str, float], device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
-    """Images a second and shares of the ceilings; a backward counts as two forwards, a recomputed forward as none."""
+    """Images/s and shares of the ceilings; a backward counts as two forwards, a recomputed forward as none."""
     flop = 6 * work_of(case, sizes).macs * case.batch_size
     achieved = flop / times["ms"] * 1e3
     row = {**case._asdict(), "images_per_second": case.batch_size / times["ms"] * 1e3, **times}
@@ -223,7 +219,7 @@ def rates(case: Case, times: dict[str, float], device: torch.device, sizes: dict
 
 
 def cases_of(model: str, batch_sizes: list[int], precisions: list[str], variants: list[str]) -> list[Case]:
-    """The base first; then precisions, variants and batch sizes, one varied at a time."""
+    """The base case first, then the other precisions, variants and batch sizes, one varied at a time."""
     base = Case(model, batch_sizes[0], precisions[0], variants[0])
     return [
         base,
@@ -234,7 +230,7 @@ def cases_of(model: str, batch_sizes: list[int], precisions: list[str], variants
 
 
 def measure_steps(rows: Rows, cases: list[Case], device: torch.device, sizes: dict, steps: int, rounds: int) -> None:
-    """A row for every case."""
+    """One row per case."""
     groups = [[case] for case in cases]
     if rounds > 1:
         by_size: dict[tuple, list[Case]] = {}
@@ -246,7 +242,7 @@ def measure_steps(rows: Rows, cases: list[Case], device: torch.device, sizes: di
 
 
 def largest_batch(case: Case, device: torch.device, sizes: dict[str, int], largest: int) -> dict[str, Any]:
-    """The largest power of two that trains two steps within the memory, against the plan's estimate for it."""
+    """The largest power of two that trains two steps in the memory, and the plan's estimate for it."""
     found: dict[str, Any] = {"model": case.model, "precision": case.precision, "variant": case.variant}
     total = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else math.inf
     peaks: list[tuple[int, float]] = []
@@ -254,7 +250,7 @@ def largest_batch(case: Case, device: torch.device, sizes: dict[str, int], large
     while batch <= largest:
         slope = (peaks[-1][1] - peaks[-2][1]) / (peaks[-1][0] - peaks[-2][0]) if len(peaks) > 1 else 0.0
         if peaks and peaks[-1][1] + slope * (batch - peaks[-1][0]) > 1.1 * total:
-            end = "would not fit"  # by what the batches before took: not worth the time
+            end = "would not fit"  # judged by the smaller batches: saves the time
             break
         try:
             peaks.append((batch, peak_of(case._replace(batch_size=batch), device, sizes)))
@@ -271,14 +267,14 @@ def largest_batch(case: Case, device: torch.device, sizes: dict[str, int], large
     states, work = 4 * 5 * parameters, work_of(case, sizes)  # weights, gradients, two moments, one average
     tried = [
         {"batch_size": size, "estimate_gib": (states + size * work.activation_bytes) / 2**30}
-        | ({"peak_gib": peak} if device.type == "cuda" else {})  # elsewhere that of the whole process
+        | ({"peak_gib": peak} if device.type == "cuda" else {})  # on a CPU the peak would be that of the whole process
         for size, peak in peaks
     ]
     return found | tried[-1] | {"twice_as_many": end, "tried": tried}
 
 
 def peak_of(case: Case, device: torch.device, sizes: dict[str, int]) -> float:
-    """GiB that tensors took at most in two steps."""
+    """Peak memory of tensors in two steps, GiB."""
     fresh_start(device)
     run = Training(case, device, sizes)
     with arithmetic(run.variant):
@@ -289,7 +285,7 @@ def peak_of(case: Case, device: torch.device, sizes: dict[str, int]) -> float:
 
 
 def profile_case(case: Case, device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
-    """Where the time of a warm step goes."""
+    """The profile of steps after the warm-up."""
     fresh_start(device)
     run = Training(case, device, sizes)
     run.start()
@@ -302,16 +298,15 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(description="Training steps: images/s, share of the ceilings, memory.")
     add = parser.add_argument
     add("--models", default="DeepFlow-XL/2-3T", help="names, separated by commas (default: %(default)s)")
-    add("--batch-sizes", default="128", help="images a step, separated by commas (default: %(default)s)")
+    add("--batch-sizes", default="128", help="images per step, separated by commas (default: %(default)s)")
     add("--precisions", default="bf16", help="no, bf16, fp16, separated by commas (default: %(default)s)")
     add("--variants", default="compiled,eager", help=f"of {', '.join(VARIANTS)} (default: %(default)s)")
-    add("--steps", type=number(int, 1), default=20, help="steps timed, a round (default: %(default)s)")
+    add("--steps", type=number(int, 1), default=20, help="steps timed per round (default: %(default)s)")
     add("--rounds", type=number(int, 1), default=1, help="above 1: precisions and variants in turn (default: 1)")
     add("--memory", action="store_true", help="find the largest batch, from the smallest of --batch-sizes up, instead")
-    add("--profile", action="store_true", help="also profile the base of each model")
+    add("--profile", action="store_true", help="also profile the base case of each model")
     add("--tiny", action="store_true", help="latents of 8 x 8 in place of 32 x 32")
-    add("--device", default="cuda", help="where (default: %(default)s)")
-    add("--output", type=Path, help="JSON file for the figures (default: none)")
+    add_common_flags(parser)
     return parser
 
 
@@ -319,16 +314,13 @@ def build_parser() -> OneLineParser:
 def main() -> None:
     """Parse the command line and measure."""
     args = build_parser().parse_args()
-    models, batch_sizes = args.models.split(","), counts(args.batch_sizes, "--batch-sizes")
-    precisions = words(args.precisions, PRECISIONS, "--precisions")
-    variants = words(args.variants, VARIANTS, "--variants")
+    models, batch_sizes = args.models.split(","), parse_counts(args.batch_sizes, "--batch-sizes")
+    variants = parse_words(args.variants, VARIANTS, "--variants")
     device, sizes = benchmark_device(args.device), SIZES | (TINY_SIZES if args.tiny else {})
+    precisions = precisions_of(args.precisions, device)
     for model in models:
         model_config(model)
-    if device.type == "cpu" and "fp16" in precisions:
-        raise UserError("--precisions fp16 needs a GPU and this is the CPU: choose bf16 or no")
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
-    rows = Rows("memory" if args.memory else "training", settings, device, args.output)
+    rows = rows_of("memory" if args.memory else "training", args, device)
     if args.memory:
         for model, variant in itertools.product(models, variants):
             case = Case(model, min(batch_sizes), precisions[0], variant)

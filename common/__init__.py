@@ -1,1 +1,1 @@
-"""What every room may use: mistakes in one line, files whole or not at all, values of flags, processes."""
+"""What every package may use: errors in one line, complete files, values of flags, processes."""

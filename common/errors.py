@@ -1,4 +1,4 @@
-"""The one way a user's mistake is reported: a single line on stderr and exit code 2."""
+"""How a user's mistake is reported: one line on stderr and exit code 2."""
 
 import argparse
 import errno
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over quota, over the largest file allowed
-# How torch, CUDA's libraries and the system's threads say that memory is used up, where no class of errors says it.
-NO_MEMORY = (
+# What torch, CUDA's libraries and the system's threads write when memory runs out but the exception's class is general.
+OUT_OF_MEMORY = (
     "allocate memory",
     "not enough memory",
     "out of memory",
@@ -26,32 +26,38 @@ NO_MEMORY = (
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message says what was given, what was expected, what to change."""
+    """A mistake in the user's input: the message says what was given, what was expected and what to change."""
 
 
 class OutOfMemory(UserError):
-    """The memory of the machine or its GPU does not suffice: the message names the flags that need less."""
+    """The machine or its GPU has too little memory: the message names the flags that lower the need."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other mistake, and does not guess abbreviated flags."""
+    """Reports a wrong command line like any other mistake, and accepts no abbreviated flags."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raise `UserError` in place of printing the usage."""
+        """Raise `UserError` instead of printing the usage."""
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def tell(line: str) -> None:
-    """Print a line on stderr, once a machine."""
+def print_once(line: str) -> None:
+    """Print a line on stderr, once per machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(line, file=sys.stderr)
 
 
+def print_from_other_ranks(error: UserError, rank: int | str) -> None:
+    """Print an error with its rank, unless this is the first process of its machine: that one prints on its exit."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        print(f"error: [process {rank}] {error}", file=sys.stderr, flush=True)
+
+
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message that is not blank; without a message, the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -66,25 +72,26 @@ def require_known(kind: str, name: str, known: Collection[str], flag: str = "") 
         raise unknown_name(kind, name, known, flag)
 
 
-def lack_of_memory(error: BaseException) -> str | None:
-    """The line of an error that says that memory, the machine's or a GPU's, is used up; None for any other error."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of which CUDA raises
+def out_of_memory_reason(error: BaseException) -> str | None:
+    """The line of an error that reports a lack of memory, on the machine or a GPU; None for any other error."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, raised by CUDA
         return first_line(error)
     if isinstance(error, OSError):
         return first_line(error) if error.errno == errno.ENOMEM else None
     if isinstance(error, RuntimeError | ImportError):
         return next(
-            (line for line in str(error).splitlines() if any(words in line.lower() for words in NO_MEMORY)), None
+            (line for line in str(error).splitlines() if any(words in line.lower() for words in OUT_OF_MEMORY)),
+            None,
         )
     return None
 
 
 @contextmanager
-def memory_told(advice: str) -> Iterator[None]:
-    """Around a command's work, or as its decorator: memory that is used up becomes an `OutOfMemory` with `advice`.
+def reports_out_of_memory(advice: str) -> Iterator[None]:
+    """Around a command's work, or as its decorator: a lack of memory becomes an `OutOfMemory` with `advice`.
 
-    So does a mistake that only looks like one, a file that could not be read for want of memory. Every process tells,
-    as it may be the only one whose memory is used up.
+    This includes a `UserError` with a lack of memory as its cause, for example a file that could not be read for lack
+    of memory. Every rank prints the error, as it may be the only rank without memory.
     """
     try:
         yield
@@ -92,32 +99,31 @@ def memory_told(advice: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, UserError) else error
-        if cause is None or (reason := lack_of_memory(cause)) is None:
+        if cause is None or (reason := out_of_memory_reason(cause)) is None:
             raise
-        told = OutOfMemory(f"out of memory ({reason}): {advice}")
-        if (rank := os.environ.get("LOCAL_RANK", "0")) != "0":
-            print(f"error: [process {os.environ.get('RANK', rank)}] {told}", file=sys.stderr, flush=True)
-        raise told from error
+        out_of_memory = OutOfMemory(f"out of memory ({reason}): {advice}")
+        print_from_other_ranks(out_of_memory, os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0"))
+        raise out_of_memory from error
 
 
 @contextmanager
-def spared_by(picture: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Around a picture, which is no reason for finished work to fail: an error is one warning, unless `passing`."""
+def warn_if_not_drawn(picture: str, reraised: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Around the drawing of a picture, for which finished work must not fail: errors not in `reraised` only warn."""
     try:
         yield
-    except passing:
+    except reraised:
         raise
-    except Exception as error:  # libraries that draw raise all kinds
-        tell(f"warning: {picture} could not be drawn ({first_line(error)})")
+    except Exception as error:  # drawing libraries raise all kinds
+        print_once(f"warning: {picture} could not be drawn ({first_line(error)})")
 
 
 def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command's `main`: a mistake becomes one line on stderr and exit code 2, without a traceback.
 
-    A mistake is a `UserError`, or a file that the system would not open or write (its error names the file), or a full
-    disk (the error of a write names none). Only the first process of each machine prints, so that a mistake is not
-    repeated once per GPU. An interrupt (Ctrl-C) is one line as well. Names of files that the output's encoding lacks
-    are printed with backslashes.
+    A mistake is a `UserError`, an `OSError` that names the file it could not open or write, or a full disk (whose
+    `OSError` may name no file). Only the first process of each machine prints, so that a mistake is not repeated once
+    per GPU. An interrupt (Ctrl-C) is one line as well. Characters of file names that the output's encoding lacks are
+    printed as backslash escapes.
     """
 
     @functools.wraps(main)
@@ -132,11 +138,11 @@ def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
                 if error.filename is None and error.errno not in DISK_FULL:
                     raise
                 error = f"{error.filename or 'cannot write'}: {error.strerror}"
-            tell(f"error: {error}".replace("\n", "\\n"))  # in the name of a file
+            print_once(f"error: {error}".replace("\n", "\\n"))  # a file name may hold a line break
             sys.exit(2)
         except KeyboardInterrupt:
-            # The traceback gives way to a line, but it stays an interrupt, by which a shell's script or loop stops too.
-            sys.excepthook = lambda *_: tell("interrupted")
+            # One line in place of the traceback; still raised, so that a shell script or loop stops too.
+            sys.excepthook = lambda *_: print_once("interrupted")
             raise
 
     return wrapped

@@ -1,4 +1,4 @@
-"""Writing files so that nobody meets half of one, by one writer at a time, and telling files apart."""
+"""Writing files completely or not at all, by one writer at a time, and comparing files and records."""
 
 import errno
 import fcntl
@@ -6,30 +6,37 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from common.errors import UserError
 
-PATIENCE = 3.0  # seconds
+LOCK_TIMEOUT = 3.0  # seconds to wait for another writer to end
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
 def written_aside(path: str | Path, folder: Path | None = None) -> Iterator[Path]:
-    """Gives a place beside `path` to write to; renamed to `path` at the end, removed if the writing failed.
+    """Write a file beside `path`, which becomes `path` at the end and is removed if the writing failed.
 
-    The place is in `folder`, if one of the same file system is given. If `path` is a link, the file that it names is
-    written, and the link stays. Raises `OSError`, which names the file even where the system does not, as on a full
-    disk.
+    Args:
+        path: if it is a link, the file that it names is written and the link stays.
+        folder: where to write meanwhile, on the same file system (default: the folder of `path`).
+
+    Yields:
+        the path to write to.
+
+    Raises:
+        OSError: naming the file, even where the system does not, as for a full disk.
     """
     real = real_place(path)
     beside = folder if folder and real == Path(path) else real.parent
     aside = beside / f".{real.name}.part"
     try:
-        with naming(real):
+        with named_in_error(real):
             yield aside
         aside.replace(real)
     finally:
@@ -37,8 +44,8 @@ def written_aside(path: str | Path, folder: Path | None = None) -> Iterator[Path
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Around the writing of one file: every `OSError` names it, so that the message can tell what was not written."""
+def named_in_error(path: Path) -> Iterator[None]:
+    """Around the writing of one file: every `OSError` names the file, so that the message can."""
     try:
         yield
     except OSError as error:
@@ -47,10 +54,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def real_place(path: str | Path) -> Path:
-    """`path`, or if it is a link what it names, there or not yet there; a rename would replace the link itself.
+    """The path to write to: `path`, or the target of the link that it is, as a rename would replace the link itself.
 
-    Raises `UserError` for a link to a place in a folder that is not there, such as a disk that is not mounted, and for
-    a pipe, socket or device, which a file must not replace.
+    Neither has to exist.
+
+    Raises:
+        UserError: for a link into a folder that does not exist, such as a disk that is not mounted, and for a pipe,
+            socket or device, which a file must not replace.
     """
     path = Path(path)
     if not path.is_symlink() and (path.is_file() or path.is_dir() or not path.exists()):
@@ -65,16 +75,17 @@ def real_place(path: str | Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole text file, aside first; what is no UTF-8 in file names is written with backslashes."""
+    """Write a text file by `written_aside`; bytes of file names that are not UTF-8 become backslash escapes."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
 def named_in_utf8(path: str | Path) -> Iterator[str | Path]:
-    """A file or folder that is there, by a name in UTF-8: safetensors and others written in Rust open no other.
+    """A name in UTF-8 for an existing file or folder, as safetensors and other Rust code open no other names.
 
-    That is `path` itself, or that of its open descriptor.
+    Yields:
+        `path` itself, or the path of its open descriptor.
     """
     try:
         str(path).encode()
@@ -89,7 +100,7 @@ def named_in_utf8(path: str | Path) -> Iterator[str | Path]:
 
 
 def json_bytes(content: object, indent: int | None = None) -> bytes:
-    """JSON in UTF-8. Bytes of file names that are no UTF-8 become escapes, which any reader of JSON undoes."""
+    """JSON in UTF-8. Bytes of file names that are not UTF-8 become escapes, which any reader of JSON undoes."""
     return json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
@@ -103,9 +114,11 @@ def file_sha256(path: str | Path) -> str:
 
 
 def portable(path: str | Path, parts: int = 1) -> str:
-    """A path as a record that travels tells it: relative to the repository, else, outside it, its last `parts`.
+    """A path for records that are read on other machines, without the folders of this one.
 
-    Relative paths that stay below the working folder are as they are; what lies where on a machine stays there.
+    Args:
+        path: a relative path below the working folder stays as it is.
+        parts: how many last parts to keep of a path outside the repository; others become relative to the repository.
     """
     place = Path(path)
     if not place.is_absolute() and place.parts[:1] not in (("..",), ("~",)):
@@ -116,28 +129,34 @@ def portable(path: str | Path, parts: int = 1) -> str:
 
 
 def portable_argument(word: str) -> str:
-    """A word of a command line, with the absolute path that it is, or ends in after `=`, made portable."""
+    """A word of a command line; an absolute path in it, alone or after `--flag=`, is made `portable`."""
     flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return flag + equals + (portable(value, 2) if Path(value).is_absolute() else value)
 
 
 @contextmanager
 def only_writer(dest: str | Path, flag: str = "--dest") -> Iterator[None]:
-    """While inside, no other process may write `dest` (file or folder, there or not yet there; what `flag` names).
+    """While inside, no other process may write `dest`.
 
-    The lock is a file beside `dest`, or inside a folder that is there if its parent cannot be written (a mount in a
-    container), that the system frees when the process and its workers end, however they end. As workers outlive a
-    killed process for a moment, it is waited for a little. Raises `UserError` if another process keeps it, or if the
-    folder of `dest` cannot be written.
+    The lock is a file beside `dest`, or inside it if `dest` is a folder whose parent cannot be written (a mount in a
+    container). The system releases it when the process and its workers end, however they end. Workers outlive a killed
+    process for a moment, so it is waited for up to `LOCK_TIMEOUT`.
+
+    Args:
+        dest: file or folder; it does not have to exist.
+        flag: the flag that names `dest`, for messages.
+
+    Raises:
+        UserError: if another process has the lock, or the folder of `dest` cannot be written.
     """
-    real_place(dest)  # says what is wrong with a link
-    dest = Path(dest).resolve()  # one lock, by whichever link it is reached
+    real_place(dest)  # for its errors
+    dest = Path(dest).resolve()  # one lock, whichever link leads there
     inside = dest.is_dir() and not os.access(dest.parent, os.W_OK)
     place = (dest / dest.name if inside else dest).with_name(f".{dest.name}.lock")
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LOCK_TIMEOUT
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        while (lock := _locked(place)) is None:
+        while (lock := _try_lock(place)) is None:
             if time.monotonic() > deadline:
                 raise UserError(f"{dest} is being written by another process: let it end, or change {flag}")
             time.sleep(0.05)
@@ -150,7 +169,7 @@ def only_writer(dest: str | Path, flag: str = "--dest") -> Iterator[None]:
             place.unlink(missing_ok=True)
 
 
-def _locked(place: Path) -> TextIO | None:
+def _try_lock(place: Path) -> TextIO | None:
     """The lock file, open and locked; None if another process has it locked, or has just removed it."""
     lock = place.open("a")
     try:
@@ -159,7 +178,7 @@ def _locked(place: Path) -> TextIO | None:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             lock.close()
             return None
-        # Some cluster file systems know no locks: there it is left to the user to start one writer only.
+        # Some cluster file systems have no locks: there the user has to start one writer only.
     if os.fstat(lock.fileno()).st_nlink == 0:
         lock.close()
         return None
@@ -167,7 +186,7 @@ def _locked(place: Path) -> TextIO | None:
 
 
 class HashedFile:
-    """A binary file being written, that knows the SHA-256 of what was written to it."""
+    """A binary file to write, with the SHA-256 of what was written so far."""
 
     def __init__(self, descriptor: int) -> None:
         self._file, self._sha256 = os.fdopen(descriptor, "wb"), hashlib.sha256()
@@ -180,7 +199,7 @@ class HashedFile:
         return self._sha256.hexdigest()
 
     def close(self) -> None:
-        """Close it once its content is on the disk."""
+        """Close the file after its content is on the disk."""
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -190,15 +209,22 @@ class HashedFile:
 def hashed_aside(path: Path, folder: Path | None = None) -> Iterator[HashedFile]:
     """`written_aside` for a file of a dataset, flushed to the disk.
 
-    Raises `UserError` if it cannot be written; then, and after any other exception, `path` is what it was before.
+    Raises:
+        UserError: if it cannot be written; then, as after any exception, `path` is unchanged.
     """
+    with disk_errors_as_user_error(path), written_aside(path, folder) as aside:
+        file = HashedFile(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
+        try:
+            yield file
+        finally:
+            file.close()
+
+
+@contextmanager
+def disk_errors_as_user_error(path: Path) -> Iterator[None]:
+    """Around the writing of `path` by a command that continues when it is given again."""
     try:
-        with written_aside(path, folder) as aside:
-            file = HashedFile(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
-            try:
-                yield file
-            finally:
-                file.close()
+        yield
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror or error}): free space or change --dest, then give the same "
@@ -207,7 +233,33 @@ def hashed_aside(path: Path, folder: Path | None = None) -> Iterator[HashedFile]
 
 
 def write_file(place: Path, content: bytes, folder: Path | None = None) -> str:
-    """Write a whole file as `hashed_aside` does; returns its SHA-256."""
+    """Write a file by `hashed_aside`; returns its SHA-256."""
     with hashed_aside(place, folder) as file:
         file.write(content)
     return file.hexdigest()
+
+
+def zip_entry(name: str, header_offset: int, size: int, crc: int) -> zipfile.ZipInfo:
+    """An uncompressed file in a zip, with a fixed date (`ZipInfo`'s default): the same files make the same zip.
+
+    Args:
+        name: of the file inside the zip.
+        header_offset: where its local header begins, in bytes.
+        size: of its content, in bytes.
+        crc: CRC-32 of its content.
+    """
+    info = zipfile.ZipInfo(name)
+    info.header_offset, info.CRC = header_offset, crc
+    info.file_size = info.compress_size = size
+    info.external_attr = 0o644 << 16
+    return info
+
+
+def first_difference(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], free_to_differ: tuple[str, ...] = ()
+) -> str | None:
+    """The first key of record `wanted` whose value is another in record `found`, or missing there; None if all agree.
+
+    Keys in `free_to_differ`, and those that only `found` has, are not compared.
+    """
+    return next((key for key in wanted if key not in free_to_differ and found.get(key) != wanted[key]), None)

@@ -1,4 +1,4 @@
-"""The processes of a run, however they were started (alone, `accelerate launch`, `torchrun`), and their devices."""
+"""The processes of a run, started alone, by `accelerate launch` or by `torchrun`, and their devices."""
 
 import os
 import re
@@ -18,16 +18,19 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, print_from_other_ranks
 
-PATIENCE = timedelta(hours=1)  # for a process that writes a checkpoint, or extracts features, while others wait
+WAIT_TIMEOUT = timedelta(hours=1)  # others wait while one process writes a checkpoint or extracts features
 
 
 def join_processes() -> PartialState:
-    """This process's place among the others (index, count, device), after they have found each other.
+    """Connect this process with the others of the run.
 
-    Without CUDA the device is the CPU: samplers keep their state in float64, which other accelerators lack, and
-    Accelerate must be told, or processes that `torchrun` started would each take themselves for the only one.
+    Without CUDA the device is the CPU, as samplers keep their state in float64, which other accelerators lack.
+    Accelerate needs this as an argument: else each process that `torchrun` started would run as if it were alone.
+
+    Returns:
+        Accelerate's state: index, number and device of this process.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -37,28 +40,30 @@ def join_processes() -> PartialState:
             "for several use: torchrun --nproc_per_node N",
             file=sys.stderr,
         )
-    return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
+    return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=WAIT_TIMEOUT)
 
 
 @contextmanager
 def reported_by_any_process(rank: int) -> Iterator[None]:
-    """Around what may go wrong in one process alone, a damaged sample say: its `UserError` is told whichever it is.
+    """Around what may fail on a single rank, such as a damaged sample: any rank prints its `UserError`.
 
-    Elsewhere only the first process of a machine tells, as all make the same mistake.
+    Elsewhere only the first process of a machine prints, as all make the same mistake.
     """
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            print(f"error: [process {rank}] {error}", file=sys.stderr, flush=True)
+        print_from_other_ranks(error, rank)
         raise
 
 
 def usable_device(name: str | None) -> str:
-    """The torch device of that name; None is the GPU where there is one, else the CPU.
+    """The name of a torch device that works here.
+
+    Args:
+        name: such as `cuda:1`; None is the GPU if there is one, else the CPU.
 
     Raises:
-        UserError: for a name that torch does not know, or a device that is not there.
+        UserError: for a name that torch does not know, or a device that this machine lacks.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -69,14 +74,29 @@ def usable_device(name: str | None) -> str:
 
 
 def progress_bar(shown: bool = True, **settings: object) -> tqdm:
-    """A `tqdm`, silent where it is not to be shown; else TQDM_DISABLE decides, which a value would override."""
+    """A `tqdm`, disabled unless `shown`; `disable` is passed only then, as any value overrides TQDM_DISABLE."""
     return tqdm(**settings) if shown else tqdm(**settings, disable=True)
 
 
-def require_compiler(device: str | torch.device) -> None:
-    """Raise `UserError` unless `--compile` can work here: tried on a file of two lines, before any work.
+@contextmanager
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    """Inside, CUDA's matrix products and convolutions in float32 may or may not use TF32; then as before."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
-    On the CPU torch compiles C++, by $CXX or g++ (on macOS clang++); on a GPU Triton compiles C, by $CC, gcc or clang.
+
+def require_compiler(device: str | torch.device) -> None:
+    """Check that `--compile` can work here, by a trial on two lines of source.
+
+    On the CPU torch compiles C++ with $CXX or g++ (macOS: clang++); on a GPU Triton compiles C with $CC, gcc or clang.
+
+    Raises:
+        UserError: without a working compiler, or for a GPU that is too old.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -106,16 +126,16 @@ def require_compiler(device: str | torch.device) -> None:
 
 
 def launcher_setting(name: str) -> str | None:
-    """What `accelerate launch` was told of a setting, such as `mixed_precision`; None if nothing.
+    """The value that `accelerate launch` was given for a setting, such as `mixed_precision`; None if it was not given.
 
-    Its environment tells, and its command line for what it passes on to DeepSpeed only.
+    It is read from the environment, or, for what Accelerate passes on to DeepSpeed only, from its command line.
     """
     value = os.environ.get(f"ACCELERATE_{name.upper()}")
     return value if value is not None else _launcher_flag(name)
 
 
 def _launcher_flag(name: str) -> str | None:
-    """A flag of the `accelerate launch` that is this process's parent, as its command line says."""
+    """A flag of the `accelerate launch` that is this process's parent, from its command line."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # no Linux, or no such process any more
@@ -134,26 +154,26 @@ def _launcher_flag(name: str) -> str | None:
 
 
 class OtherProcessStopped(UserError):
-    """Another process of this command ended early; it has said why."""
+    """Another process of this command ended early; that process has reported why."""
 
 
 class Processes(NamedTuple):
-    """Which of them this one is."""
+    """The number of processes of this command, and which of them this is."""
 
     rank: int
     world: int
-    local_rank: int  # among those of this machine
+    local_rank: int  # among the processes of this machine
 
-    def own(self, device: str) -> str:
+    def own_device(self, device: str) -> str:
         """The device of this process, where `device` names only a kind ("cuda")."""
         return f"{device}:{self.local_rank}" if device == "cuda" and self.world > 1 else device
 
     def label(self, action: str) -> str:
-        """What to call this process's share of a work."""
+        """The title of this process's progress bar."""
         return action if self.world == 1 else f"{action}, process {self.rank} of {self.world}"
 
     def wait(self) -> None:
-        """Wait until all processes are here. Raises `OtherProcessStopped` if one never will be."""
+        """Wait until all processes reach this point. Raises `OtherProcessStopped` if one has ended."""
         if self.world > 1:
             try:
                 torch.distributed.barrier()
@@ -165,18 +185,18 @@ class Processes(NamedTuple):
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
-    """Join the other processes of this command, if there are any. They meet over the CPU, whatever the device."""
+def cpu_process_group() -> Iterator[Processes]:
+    """Join the other processes of this command, if any, in a process group of the CPU (gloo), whatever the device."""
     world, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if world == 1:
         yield Processes(0, 1, 0)
         return
-    # Patient, as one process may have to wait for days until the others are through with their work.
+    # A process may have to wait for days until the others have done their share.
     torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield Processes(torch.distributed.get_rank(), world, local_rank)
     except UserError as error:
-        # Only the first process of a machine prints its error in the end, but a bad image may be another's.
+        # Only the first process of a machine prints on exit, but a bad image may be in another's share.
         if local_rank != 0 and not isinstance(error, OtherProcessStopped):
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise

@@ -1,4 +1,4 @@
-"""Scores of generated images: extract features, gather their statistics, compare two sets."""
+"""Scores of generated images: extract features, compute their statistics, compare two sets."""
 
 from evaluation.archives import ImageArchive, open_images
 from evaluation.extraction import extract

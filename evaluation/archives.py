@@ -1,5 +1,5 @@
-"""Batches of images without holding all of them in memory: out of an `.npz` (ADM's format: `arr_0`, uint8 NHWC), an
-`.npy` or a folder of image files."""
+"""Batches of images, read one by one: from an `.npz` (ADM's format: `arr_0`, uint8 NHWC), an `.npy` or a folder of
+image files."""
 
 import functools
 import hashlib
@@ -29,8 +29,8 @@ class ImageSource:
 
     Attributes:
         path: the file or folder.
-        shape: (N, H, W, 3), or None for a reference that holds statistics alone.
-        statistics: what is stored beside the images of ADM's `mu`, `sigma`, `mu_s`, `sigma_s`, float64.
+        shape: (N, H, W, 3), or None for a reference that holds only statistics.
+        statistics: those of ADM's `mu`, `sigma`, `mu_s`, `sigma_s` that are stored beside the images, float64.
     """
 
     path: Path
@@ -42,18 +42,19 @@ class ImageSource:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels, None without images."""
+        """(height, width) in pixels; None without images."""
         return self.shape[1:3] if self.shape else None
 
     @functools.cached_property
     def sha256(self) -> str:
-        """SHA-256 of the file, computed once: it may hold gigabytes."""
+        """SHA-256 of the file, computed once, as it may hold gigabytes."""
         return file_sha256(self.path)
 
     def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
-        """Yield every `step`-th batch from number `first` on, in order, uint8 (n, H, W, 3).
+        """Yield every `step`-th batch from number `first` on, in order.
 
-        n is batch_size but for the very last batch.
+        Yields:
+            uint8 (n, H, W, 3); n is `batch_size`, or less for the last batch.
         """
         for start in range(first * batch_size, len(self), step * batch_size):
             yield self._read(start, min(start + batch_size, len(self)))
@@ -63,7 +64,7 @@ class ImageSource:
 
 
 def open_images(path: str | Path) -> ImageSource:
-    """The images at a path: a folder, an `.npy`, or else an `.npz`. Raises `UserError` if there are none to be used."""
+    """The images at a path: a folder, an `.npy`, or else an `.npz`. Raises `UserError` if they cannot be used."""
     path = Path(path)
     if path.is_dir():
         return ImageFolder(path)
@@ -77,18 +78,16 @@ class ImageArchive(ImageSource):
 
     Attributes:
         path: the file.
-        shape: (N, H, W, 3) of `arr_0`, or None for a reference that holds statistics alone.
+        shape: (N, H, W, 3) of `arr_0`, or None for a reference that holds only statistics.
         statistics: the members among `mu`, `sigma` (pool features) and `mu_s`, `sigma_s` (spatial features),
             float64.
 
-    Raises `UserError` when the file is missing, is no complete `.npz`, or `arr_0` is absent, not uint8 or not
-    (N, H, W, 3).
+    Raises:
+        UserError: if the file is missing or no complete `.npz`, or `arr_0` is missing, not uint8 or not (N, H, W, 3).
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such file; expected an .npz of images")
+        self.path = _existing_file(path, "an .npz of images")
         if self.path.suffix.lower() not in ("", ".npz") and not zipfile.is_zipfile(self.path):
             raise UserError(f"{self.path}: no .npz; expected an .npz or .npy of images, or a folder of image files")
         try:
@@ -118,7 +117,7 @@ class ImageArchive(ImageSource):
             )
 
     def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
-        """Batches as of any source. The whole file is read whatever is yielded, so that its checksum is verified."""
+        """As `ImageSource.batches`. The whole file is read, whatever is yielded, to verify its checksum."""
         image_bytes = math.prod(self.shape[1:])
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(IMAGES) as stream:
@@ -146,21 +145,20 @@ class ImageArchive(ImageSource):
         return shape
 
     def _damaged(self, error: Exception) -> str:
-        return f"{self.path}: not a complete .npz ({str(error) or type(error).__name__}); write or copy it again"
+        return f"{self.path}: not a complete .npz ({first_line(error)}); write or copy it again"
 
 
 class ImageArray(ImageSource):
     """The images of an `.npy`, uint8 (N, H, W, 3), memory-mapped.
 
-    Raises `UserError` when the file is missing, damaged, or holds anything else.
+    Raises:
+        UserError: if the file is missing, damaged, or holds anything else.
     """
 
     statistics: dict[str, np.ndarray] = {}  # noqa: RUF012 - it stores none
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such file; expected an .npy of images")
+        self.path = _existing_file(path, "an .npy of images")
         try:
             self._images = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (*DAMAGE, OSError) as error:
@@ -186,11 +184,11 @@ class ImageArray(ImageSource):
 class ImageFolder(ImageSource):
     """The image files of a folder and the folders in it, sorted by path, all of one size, decoded by `read_rgb`.
 
-    Opening reads the headers of all. Hidden and system files and folders are passed over, and so is what has no
-    image's suffix.
+    Opening reads all headers. Hidden and system files are passed over, and files without an image's suffix.
 
-    Raises `UserError` for a folder that cannot be read or has no image, for sizes that differ, and, here or in
-    `batches`, for an image that cannot be read.
+    Raises:
+        UserError: for a folder that cannot be read or has no image, for different sizes, and, here or in `batches`,
+            for an image that cannot be read.
     """
 
     statistics: dict[str, np.ndarray] = {}  # noqa: RUF012 - it stores none
@@ -223,7 +221,7 @@ class ImageFolder(ImageSource):
             return np.stack(list(threads.map(self._read_image, self._names[start:stop])))
 
     def _size_of(self, name: str) -> tuple[int, int]:
-        """(height, width) of an image that is upright, by its header."""
+        """(height, width) of an image after its rotation, by its header."""
         with self._reading(name) as path:
             return upright_size(path)
 
@@ -234,7 +232,7 @@ class ImageFolder(ImageSource):
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[Path]:
-        """Around the reading of one image: whatever its decoder raises becomes a `UserError` that names it."""
+        """Around the reading of one image: any error of its decoder becomes a `UserError` that names the image."""
         path = self.path / name
         try:
             yield path
@@ -243,6 +241,13 @@ class ImageFolder(ImageSource):
         except Exception as error:
             reason = "no known format" if type(error).__name__ == "UnidentifiedImageError" else first_line(error)
             raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
+
+
+def _existing_file(path: str | Path, expected: str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected {expected}")
+    return path
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -1,4 +1,4 @@
-"""From images to what the metrics need of them: features, on one process or many, and kept for the next time."""
+"""Features of images, which the metrics need: computed on one process or many, and cached."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,12 +18,12 @@ from evaluation.statistics import FeatureStatistics
 
 Images = ImageSource | np.ndarray
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean (D,), covariance (D, D), float64
-CACHE_FORMAT = 1  # raise it when an extractor's features change: what was kept is then computed again
+CACHE_FORMAT = 1  # raise it when an extractor's features change: they are then computed again
 
 
 @dataclass
 class FeatureSet:
-    """What the metrics need to know of one set of N images; None where there is nothing to know it from."""
+    """What the metrics need of one set of N images; None where it cannot be computed."""
 
     count: int
     gaussian: Gaussian | None  # of the pool features
@@ -40,22 +40,23 @@ def extract(
     process: PartialState | None = None,
     cache: str | Path | None = None,
 ) -> FeatureSet | None:
-    """Features of images, with the statistics stored in their archive in place of computed ones.
+    """Compute the features of images; statistics stored in their archive replace computed ones.
+
+    Memory: pool features and logits are kept (0.6 GB for 50,000 images with Inception); of the spatial features only
+    mean and covariance; of the images one batch.
 
     Args:
         images: uint8 (N, H, W, 3), an array or an opened archive or folder.
         extractor: from `load_extractor`.
         batch_size: images per forward pass.
-        label: names the progress bar; None shows none.
-        process: of several processes, all of which must call this; each takes every n-th batch. The features are
-            those of one process with the same batch size, bit for bit on the same kind of device.
-        cache: folder where a source's features are kept, by the SHA-256 of its files and of the network's weights.
-            A damaged file in it is made again.
+        label: title of the progress bar (default: no bar).
+        process: this process, if there are several: all must call this, and each takes every n-th batch. On the same
+            kind of device the features are bit for bit those of one process with the same batch size.
+        cache: folder where features are kept, by the SHA-256 of the images' files and of the network's weights. A
+            damaged file in it is replaced.
 
-    Memory: pool features and logits are kept (0.6 GB for 50,000 images with Inception); of the spatial features only
-    mean and covariance; of the images one batch.
-
-    Returns None on all processes but the first.
+    Returns:
+        the features on rank 0, None on all other ranks.
     """
     main = process is None or process.is_main_process
     place = found = None
@@ -63,24 +64,24 @@ def extract(
         weights = extractor.weights_sha256[:16]
         if main:
             place = Path(cache) / f"{images.sha256}-{extractor.name}-{weights}-v{CACHE_FORMAT}.npz"
-            found = _read(place, len(images))
-        if _of_first(process, found is not None):
-            return _with_stored(images, extractor, found) if main else None
-    features = _run(images, extractor, batch_size, label if main else None, process)
+            found = _read_cache(place, len(images))
+        if _broadcast(process, found is not None):
+            return _with_stored_statistics(images, extractor, found) if main else None
+    features = _compute(images, extractor, batch_size, label if main else None, process)
     if not main:
         return None
     if place:
-        _write(place, features)
-    return _with_stored(images, extractor, features)
+        _write_cache(place, features)
+    return _with_stored_statistics(images, extractor, features)
 
 
 def stored_statistics(images: Images, extractor: Extractor) -> dict[str, np.ndarray]:
-    """An archive's own statistics: they are Inception's, and mean nothing to another extractor."""
+    """The statistics stored in an archive: those of Inception, so none for another extractor."""
     return images.statistics if isinstance(images, ImageSource) and extractor.name == "inception" else {}
 
 
 def check_images(reference: Images | FeatureSet, samples: Images, extractor: Extractor) -> None:
-    """Raise `UserError` for what would spoil the comparison, before anything is computed."""
+    """Raise `UserError` for images that cannot be compared, before anything is computed."""
     check_count("samples", len(samples), extractor)
     _check_shape("samples", samples, extractor)
     if isinstance(reference, FeatureSet):
@@ -90,7 +91,7 @@ def check_images(reference: Images | FeatureSet, samples: Images, extractor: Ext
 
 
 def check_size(reference: Images, size: tuple[int, int]) -> None:
-    """Raise `UserError` for samples, of this height and width, of another size than the reference's images."""
+    """Raise `UserError` unless samples of this (height, width) have the size of the reference's images."""
     if len(reference) and tuple(reference.shape[1:3]) != tuple(size):
         sizes = ["{}x{}".format(*shape) for shape in (reference.shape[1:3], size)]
         raise UserError(
@@ -135,17 +136,17 @@ def _check_shape(label: str, images: Images, extractor: Extractor) -> None:
         )
 
 
-def _run(
+def _compute(
     images: Images, extractor: Extractor, batch_size: int, label: str | None, process: PartialState | None
 ) -> FeatureSet | None:
-    """Features of all images from the extractor, on the first process."""
+    """Features of all images, on rank 0; None on other ranks."""
     main = process is None or process.is_main_process
     pool_statistics = FeatureStatistics(extractor.dimension)
     spatial_statistics = FeatureStatistics(SPATIAL_DIMENSION)
     pool = logits = None
     done = 0
     with progress_bar(label is not None, total=len(images), desc=label, unit="img") as bar:
-        for features in _in_order(images, extractor, batch_size, process):
+        for features in _batch_features(images, extractor, batch_size, process):
             bar.update(len(features.pool))
             if not main:
                 continue
@@ -169,13 +170,13 @@ def _run(
     return FeatureSet(len(images), *gaussians, pool, logits)
 
 
-def _in_order(
+def _batch_features(
     images: Images, extractor: Extractor, batch_size: int, process: PartialState | None
 ) -> Iterator[Features]:
-    """The features of each batch, as arrays, in the images' order, on every process.
+    """The features of each batch, as arrays, in the images' order, on every rank.
 
-    In a round each process takes one batch; in the last one some have none left. A file whose damage one of them meets
-    is an error of all in that round: none is left waiting for the others, and the first can tell.
+    In each round every rank takes one batch; in the last round some ranks have none. If one rank finds a file damaged,
+    all raise the error in that round: no rank waits for ever, and rank 0 can report it.
     """
     rank, world = (process.process_index, process.num_processes) if process else (0, 1)
     device = next(extractor.parameters()).device
@@ -187,7 +188,7 @@ def _in_order(
         except UserError as damage:
             batch, error = None, damage
         if batch is not None:
-            tensors = extractor(torch.from_numpy(batch.copy()).to(device))  # copied: a view of a file is read-only
+            tensors = extractor(torch.from_numpy(batch.copy()).to(device))  # a copy, as a view of a file is read-only
             features = Features(*(None if tensor is None else tensor.cpu().numpy() for tensor in tensors))
         gathered = gather_object([(features, error)]) if world > 1 else [(features, error)]
         for _, error in gathered:
@@ -205,8 +206,8 @@ def _batches(images: Images, batch_size: int, first: int, step: int) -> Iterator
     return (images[start : start + batch_size] for start in range(first * batch_size, len(images), step * batch_size))
 
 
-def _with_stored(images: Images, extractor: Extractor, features: FeatureSet) -> FeatureSet:
-    """The features with the archive's own mean and covariance, where it has them."""
+def _with_stored_statistics(images: Images, extractor: Extractor, features: FeatureSet) -> FeatureSet:
+    """The features, with the mean and covariance stored in the archive, if any."""
     stored = stored_statistics(images, extractor)
     gaussians = _gaussian_of(stored, "mu", "sigma"), _gaussian_of(stored, "mu_s", "sigma_s")
     return replace(
@@ -218,15 +219,15 @@ def _gaussian_of(arrays: Mapping[str, np.ndarray], mean: str, covariance: str) -
     return (arrays[mean], arrays[covariance]) if mean in arrays else None
 
 
-def _of_first(process: PartialState | None, value: bool) -> bool:
-    """The first process's value, on every process."""
+def _broadcast(process: PartialState | None, value: bool) -> bool:
+    """The value of rank 0, on every rank."""
     if process is None or process.num_processes == 1:
         return value
     return broadcast_object_list([value])[0]
 
 
-def _write(place: Path, features: FeatureSet) -> None:
-    """Keep features as an `.npz`, its statistics under ADM's names."""
+def _write_cache(place: Path, features: FeatureSet) -> None:
+    """Write features as an `.npz`, with statistics under ADM's names."""
     arrays = {"pool": features.pool, "logits": features.logits}
     arrays |= zip(("mu", "sigma"), features.gaussian or (), strict=False)
     arrays |= zip(("mu_s", "sigma_s"), features.spatial_gaussian or (), strict=False)
@@ -238,8 +239,8 @@ def _write(place: Path, features: FeatureSet) -> None:
         raise UserError(f"--cache {place.parent}: features cannot be kept there ({error}); give another") from error
 
 
-def _read(place: Path, count: int) -> FeatureSet | None:
-    """Kept features of `count` images; None if there are none, or they are damaged."""
+def _read_cache(place: Path, count: int) -> FeatureSet | None:
+    """Cached features of `count` images; None if there are none, or they are damaged."""
     if not place.is_file():
         return None
     try:

@@ -1,11 +1,11 @@
-"""Feature extractors: the Inception network of ADM's evaluation, DINOv2, and a small one for the demo data."""
+"""Feature extractors: the Inception network of ADM's evaluation, DINOv2, and a small network for the demo data."""
 
 import io
 import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import file_sha256, named_in_utf8
+from common.processes import allow_tf32
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "demo_features.safetensors"
@@ -41,7 +42,7 @@ class Features(NamedTuple):
 
 
 class InceptionFeatures(nn.Module):
-    """The 2015 TensorFlow Inception graph (torch-fidelity's faithful copy), as ADM's evaluation reads it.
+    """The 2015 TensorFlow Inception graph (torch-fidelity's exact copy), read as in ADM's evaluation.
 
     Images of any size, uint8 (n, H, W, 3); the network resizes to 299 px as the graph does.
     `pool` is the 2048-d average pool; `spatial` the graph's `mixed_6/conv` = 1x1 branch of Mixed_6d after its
@@ -57,7 +58,7 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # Its constructor unpickles freely or downloads; a copy of tensors already read safely avoids both.
+        # Its constructor unpickles a file or downloads one: give it a file of tensors that were read safely.
         weights = io.BytesIO()
         torch.save(state_dict, weights)
         weights.seek(0)
@@ -94,7 +95,7 @@ class DinoFeatures(nn.Module):
         self.dimension = DINOV2_SIZE["embed_dim"]
         weights = {name: tensor.float() for name, tensor in state_dict.items() if name != "mask_token"}
         weights["pos_embed"] = dinov2_positions(weights["pos_embed"], DINOV2_SIDE // DINOV2_PATCH)
-        with torch.device("meta"):  # the weights are given: 300 million random ones need not be drawn first
+        with torch.device("meta"):  # do not draw 300 million random weights first
             self.network = timm.create_model(
                 "vit_large_patch14_dinov2", img_size=DINOV2_SIDE, num_classes=0, **DINOV2_SIZE
             )
@@ -120,8 +121,8 @@ def _resize(image: np.ndarray) -> np.ndarray:
 def dinov2_positions(embedding: Tensor, side: int) -> Tensor:
     """Position embedding for side x side patches: (1, 1 + s*s, D) -> (1, 1 + side*side, D).
 
-    As the original model resamples its 37 x 37 ones for smaller images: bicubic, not antialiased, in steps of
-    s / (side + 0.1). (timm antialiases and takes steps of s / side: other features.)
+    The original model resamples its 37 x 37 positions for smaller images like this: bicubic, not antialiased, in steps
+    of s / (side + 0.1). (timm antialiases and takes steps of s / side, which gives other features.)
     """
     prefix, patches = embedding[:, :1], embedding[:, 1:]
     given = round(patches.shape[1] ** 0.5)
@@ -181,9 +182,11 @@ def load_extractor(
             the demo weights of this repository.
         device: where the network runs.
 
-    The extractor's `weights_sha256` names the file it was built from.
-    Raises `UserError` for an unknown name, and for weights that are missing, unreadable or of another
-    network.
+    Returns:
+        the extractor; its `weights_sha256` identifies the file it was built from.
+
+    Raises:
+        UserError: for an unknown name, and for weights that are missing, unreadable or of another network.
     """
     if features not in READERS:
         *names, last = READERS
@@ -230,21 +233,20 @@ def _download_dinov2() -> Path:
     try:
         return Path(hf_hub_download(DINOV2, "model.safetensors"))
     except Exception as error:  # each version of the hub's client raises others without network or space
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"DINOv2 weights: {DINOV2} is not in Hugging Face's cache and cannot be had ({reason}); fetch its "
-            "model.safetensors, or the original dinov2_vitl14_pretrain.pth, and give it with --feature-weights FILE"
+            f"DINOv2 weights: {DINOV2} is not in Hugging Face's cache and cannot be had ({first_line(error)}); fetch "
+            "its model.safetensors, or the original dinov2_vitl14_pretrain.pth, and give it with --feature-weights FILE"
         ) from error
 
 
 def _dinov2_sha256(path: Path) -> str | None:
-    """What the hub's cache says of the file: it names large files by their SHA-256 and links to them."""
+    """The SHA-256 by which the hub's cache names the file that `path` links to, if it does."""
     name = path.resolve().name
     return name if re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a `.pth`, nothing of which is executed."""
+    """The tensors of a safetensors file or of a `.pth`; nothing is unpickled freely."""
     try:
         if path.suffix == ".safetensors":
             with named_in_utf8(path) as name:
@@ -254,22 +256,22 @@ def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
         raise UserError(f"feature weights {path}: not a readable file of tensors; {expected}") from error
 
 
-def _read_inception(path: Path) -> InceptionFeatures:
+def _read_inception(path: Path) -> Extractor:
     expected = "expected torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
-    state_dict = _read_tensors(path, expected)
-    try:
-        return InceptionFeatures(state_dict)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"feature weights {path}: not the weights of that Inception network; {expected}") from error
+    return _build(InceptionFeatures, path, "that Inception network", expected)
 
 
-def _read_dinov2(path: Path) -> DinoFeatures:
+def _read_dinov2(path: Path) -> Extractor:
     expected = "expected DINOv2 ViT-L/14 without registers: timm's model.safetensors or dinov2_vitl14_pretrain.pth"
+    return _build(DinoFeatures, path, "that network", expected)
+
+
+def _build(network: Callable[[dict[str, Tensor]], Extractor], path: Path, title: str, expected: str) -> Extractor:
     state_dict = _read_tensors(path, expected)
     try:
-        return DinoFeatures(state_dict)
+        return network(state_dict)
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"feature weights {path}: not the weights of that network; {expected}") from error
+        raise UserError(f"feature weights {path}: not the weights of {title}; {expected}") from error
 
 
 def _read_demo(path: Path) -> DemoFeatures:
@@ -287,7 +289,7 @@ def _read_demo(path: Path) -> DemoFeatures:
     return extractor
 
 
-# Name -> where its weights are by default, the SHA-256 they must have there (None: unknown), and their reader.
+# Name -> its default weights, the SHA-256 that these must have (None: unknown), and the reader of weights.
 READERS = {
     "inception": (_download_inception, lambda _: INCEPTION_SHA256, _read_inception),
     "dinov2": (_download_dinov2, _dinov2_sha256, _read_dinov2),
@@ -297,12 +299,6 @@ READERS = {
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 without TF32 or autocast: reduced precision shifts the features, and with them the distance."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+    """Float32 without TF32 or autocast: reduced precision shifts the features, and thus the distance."""
+    with allow_tf32(False), torch.autocast(device.type, enabled=False):
+        yield

@@ -22,19 +22,23 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Score samples against a reference: metric name -> value.
+    """Score samples against a reference.
+
+    With several processes, or features cached on disk, call `extract` for both, then `compare`.
 
     Args:
-        reference, samples: uint8 (N, H, W, 3) images, an array or an opened archive; for a reference that
-            serves many times, what `extract` returned for it. Statistics stored in a reference archive are
-            used as they are.
+        reference, samples: uint8 (N, H, W, 3) images, an array or an opened archive; for a reference that is used
+            many times, the result of `extract`. Statistics stored in a reference archive are used as they are.
         extractor: from `load_extractor`. Inception gives `fid`, `sfid`, `inception_score`, `precision`,
             `recall`, `kid`; dinov2 gives `fd_dinov2`, `kd_dinov2`; demo gives `frechet_distance`.
         batch_size: images per forward pass; the values do not depend on it beyond the rounding of the network.
         progress: show bars.
 
-    For several processes, and features kept on disk: `extract` both, then `compare`.
-    Raises `UserError` for unequal image sizes and for fewer images than the covariance needs (dimension + 1).
+    Returns:
+        metric name -> value.
+
+    Raises:
+        UserError: for unequal image sizes, and for fewer images than the covariance needs (dimension + 1).
     """
     check_images(reference, samples, extractor)
     if not isinstance(reference, FeatureSet):
@@ -51,11 +55,20 @@ def compare(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> dict[str, float]:
-    """Metrics of samples against reference; those that their features do not allow are left out.
+    """Score samples against a reference by their features.
 
-    The demo features give the Frechet distance alone: among them the nearest-neighbour balls of a few odd images
-    are wide enough to hold even noise, so that precision would mislead. DINOv2 gives the two distances of Stein et al.
-    (2023); their precision and recall are of 10,000 images drawn at random, and would not be those of all.
+    The demo features give the Frechet distance alone: a few outliers have nearest-neighbour balls wide enough to hold
+    even noise, so that precision would mislead. DINOv2 gives the two distances of Stein et al. (2023); their precision
+    and recall use 10,000 random images, so values from all images would differ.
+
+    Args:
+        reference, samples: from `extract`.
+        extractor_name: of `METRICS`' `features`.
+        device: where distances for precision and recall are computed.
+        progress: show bars.
+
+    Returns:
+        metric name -> value, without the metrics that these features do not allow.
     """
     comparison = Comparison(reference, samples, device, progress)
     wanted = {name: metric for name, metric in METRICS.items() if metric.features == extractor_name}
@@ -64,7 +77,7 @@ def compare(
 
 
 class Comparison:
-    """A reference and samples, by their features; what several metrics need is computed once."""
+    """The features of a reference and of samples; what several metrics share is computed once."""
 
     def __init__(self, reference: FeatureSet, samples: FeatureSet, device: str | torch.device, progress: bool) -> None:
         self.reference, self.samples, self.device, self.progress = reference, samples, device, progress
@@ -98,9 +111,9 @@ class Metric(NamedTuple):
     """A number that scores samples."""
 
     title: str  # for people
-    features: str  # the extractor that it belongs to
+    features: str  # name of the extractor
     value: Callable[[Comparison], float | None]  # None where the features do not allow it
-    is_distance: bool = False  # the Frechet distance of its features: cheap, and what previews are scored by
+    is_distance: bool = False  # the Frechet distance of its features: cheap, and the score of previews
 
 
 METRICS = {
@@ -119,8 +132,10 @@ METRICS = {
 def inception_score(logits: np.ndarray, split_size: int = 5000) -> float:
     """exp of the mean KL divergence between an image's class distribution and its split's mean.
 
-    logits (N, classes); the mean over consecutive splits of `split_size`, the last one shorter (ADM; Salimans
-    2016).
+    Args:
+        logits: (N, classes).
+        split_size: the result is the mean over consecutive splits of this size, the last one shorter (ADM; Salimans
+            et al. 2016).
     """
     scores = []
     for start in range(0, len(logits), split_size):
@@ -139,13 +154,21 @@ def precision_recall(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of all images given, exact distances in float64.
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of all images, with float64 distances.
 
-    Precision: the share of samples within the k-th nearest neighbour radius of some reference image; recall
-    the reverse. reference (M, D), samples (N, D), M and N above k; `block` x `block` distances are held at once, and
-    the features in float64.
+    Precision is the share of samples within the k-th nearest neighbour radius of some reference image, recall the
+    reverse. ADM's evaluator rounds the distances to float16 where they fit.
 
-    ADM's evaluator rounds the distances to float16 where they fit; these are exact.
+    Args:
+        reference: features (M, D), M above k.
+        samples: features (N, D), N above k.
+        k: which neighbour gives the radius.
+        block: `block` x `block` distances are in memory at a time, besides the features in float64.
+        device: where distances are computed.
+        progress: show a bar.
+
+    Returns:
+        precision and recall.
     """
     centre = reference.mean(axis=0, dtype=np.float64)  # distances lose fewer digits near the origin
     ref, gen = (torch.from_numpy(features - centre).to(device) for features in (reference, samples))
@@ -167,8 +190,14 @@ def kernel_distance(
 ) -> float:
     """KID (Binkowski et al. 2018): unbiased squared MMD, kernel (x.y / D + 1)^3, mean over random subsets.
 
-    reference (M, D), samples (N, D). Subsets are drawn as torch-fidelity draws them, so that the values
-    agree; with fewer images than `subset_size` each subset holds the smaller set's number of images.
+    Subsets are drawn as in torch-fidelity, so that the values agree.
+
+    Args:
+        reference: features (M, D).
+        samples: features (N, D).
+        subsets: number of subsets.
+        subset_size: images per subset, at most M and N.
+        seed: of the subsets.
     """
     rng = np.random.RandomState(seed)
     m = min(subset_size, len(reference), len(samples))
@@ -198,7 +227,7 @@ def _squared_radii(points: Tensor, k: int, block: int, bar: tqdm) -> Tensor:
     for rows in _blocks(len(points), block):
         for columns in _blocks(len(points), block):
             if columns.start < rows.start:
-                continue  # seen from the other side
+                continue  # covered by the transposed block
             distances = _squared_distances(points[rows], points[columns])
             bar.update(distances.numel())
             if rows == columns:
@@ -210,6 +239,6 @@ def _squared_radii(points: Tensor, k: int, block: int, bar: tqdm) -> Tensor:
 
 
 def _smallest(known: Tensor, more: Tensor, k: int) -> Tensor:
-    """The k smallest of each row in ascending order, of known (n, k) and more (n, m)."""
-    few = more.topk(min(k, more.shape[1]), largest=False).values
-    return torch.cat([known, few], dim=1).sort(dim=1).values[:, :k]
+    """The k smallest values per row, ascending, of known (n, k) and more (n, m)."""
+    smallest = more.topk(min(k, more.shape[1]), largest=False).values
+    return torch.cat([known, smallest], dim=1).sort(dim=1).values[:, :k]

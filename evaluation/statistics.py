@@ -9,30 +9,30 @@ from common.errors import UserError
 class FeatureStatistics:
     """Running mean and covariance of feature rows, in float64.
 
-    Rows are merged in blocks of fixed size, each by its own mean and scatter matrix (Chan et al. 1979): the result is
-    the same to the last bit however the rows were split, and loses no digits when the mean is large against the
-    spread.
+    Rows are merged in blocks of a fixed size, each by its own mean and scatter matrix (Chan et al. 1979): the result
+    is the same to the last bit however the rows were split, and keeps its digits when the mean is large compared with
+    the spread.
     """
 
     def __init__(self, dimension: int, block: int = 1024) -> None:
         self.count = 0
-        self._waiting = np.empty((block, dimension))  # rows of the block that is not yet full
+        self._block = np.empty((block, dimension))  # rows of the block that is not yet full
         self._merged = (0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
     def update(self, features: np.ndarray) -> None:
         """Add rows: features (n, dimension), any float type."""
-        block = len(self._waiting)
+        block = len(self._block)
         while len(features):
-            held = self.count % block
-            part, features = features[: block - held], features[block - held :]
-            self._waiting[held : held + len(part)] = part
+            filled = self.count % block
+            part, features = features[: block - filled], features[block - filled :]
+            self._block[filled : filled + len(part)] = part
             self.count += len(part)
             if self.count % block == 0:
-                self._merged = _merge(*self._merged, self._waiting)
+                self._merged = _merge(*self._merged, self._block)
 
     def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (dimension,) and covariance (dimension, dimension), divided by count - 1 as in `np.cov`."""
-        count, mean, scatter = _merge(*self._merged, self._waiting[: self.count % len(self._waiting)])
+        count, mean, scatter = _merge(*self._merged, self._block[: self.count % len(self._block)])
         return mean, scatter / (count - 1)
 
 
@@ -54,7 +54,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     With R the symmetric root of sigma1, sigma1 sigma2 has the eigenvalues of R sigma2 R, which is symmetric
     and positive semi-definite: no general matrix root is needed, and singular covariances are harmless.
 
-    Raises `UserError` for unequal shapes and for values that are not finite.
+    Raises:
+        UserError: for unequal shapes and for values that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2))
     square = (*mu1.shape, *mu1.shape)

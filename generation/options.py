@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import OneLineParser, UserError, tell
+from common.errors import OneLineParser, UserError, print_once
 from common.files import portable_argument
 from common.flags import PRECISIONS, number, numbers
 from common.processes import launcher_setting
@@ -145,7 +145,7 @@ def note_launcher_precision(precision: str) -> None:
     """Print a line if `accelerate launch` names another precision, which has no effect on samples."""
     launcher = launcher_setting("mixed_precision") or "no"
     if launcher not in ("no", precision):
-        tell(f"note: accelerate launch says mixed_precision {launcher}, but --precision {precision} counts here")
+        print_once(f"note: accelerate launch says mixed_precision {launcher}, but --precision {precision} counts here")
 
 
 def method_of(options: argparse.Namespace) -> str:

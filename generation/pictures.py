@@ -1,4 +1,4 @@
-"""Pictures of samples: a grid by class, and a folder of PNG files."""
+"""Samples for viewing: a grid by class, and a folder of PNG files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +13,14 @@ from generation.sample_file import SampleFile
 def save_grid(
     read: Callable[[int], np.ndarray], labels: np.ndarray, names: Sequence[str], png: Path, per_class: int = 10
 ) -> None:
-    """A picture with one row per class, for up to ten classes: its name and its first images.
+    """Write a picture with one row per class, for up to ten classes: the class name and its first images.
 
     Args:
-        read: returns image i, uint8 (H, H, 3); called only for the images that are shown.
+        read: image number -> image, uint8 (H, H, 3); called only for images in the grid.
         labels: class ids, (N,).
-        names: class names by id; the id stands in for a missing name.
-        png: where to write.
-        per_class: images in a row.
+        names: class names by id; a missing name becomes the id.
+        png: file to write.
+        per_class: images per row.
     """
     classes = np.unique(labels)[:10]
     rows = [np.flatnonzero(labels == label)[:per_class] for label in classes]
@@ -37,7 +37,7 @@ def save_grid(
 
 
 def write_name(draw: ImageDraw.ImageDraw, place: tuple[int, int], name: str) -> None:
-    """One line of text, its left middle at `place`; letters that the font cannot take, or no font has, are `?`."""
+    """Write one line of text, its left middle at `place`; characters that the font lacks become `?`."""
     line = " ".join(name.split())
     try:
         draw.text(place, line, fill="black", anchor="lm")

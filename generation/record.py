@@ -1,4 +1,4 @@
-"""The record beside samples: all that is needed to repeat them, and to check that a continued run makes the same."""
+"""The record beside samples: what is needed to repeat them, and to check that a run continues these samples."""
 
 import argparse
 import json
@@ -9,19 +9,18 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from common.files import file_sha256, portable
+from common.files import file_sha256, first_difference, portable
 from models import checkpoints
 from models.autoencoder import portable_name
 
-# These may differ when a command continues a run: they do not change images, or a checksum decides. The checkpoint's
-# checksum covers its metadata too.
+# Keys that a continued run may change; the checkpoint's checksum covers its metadata too.
 FREE_TO_DIFFER = ("checkpoint", "checkpoint_metadata", "autoguidance", "vae", "command", "device")
 
 
 def describe_sources(
     options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, guide: checkpoints.Checkpoint | None
 ) -> dict[str, Any]:
-    """The networks' part of the record. Checksums identify the files, and no path of this machine is written."""
+    """The networks' part of the record: checksums identify the files, no path names a folder of this machine."""
     metadata = checkpoint.metadata
     if isinstance(metadata.get("vae"), str):
         metadata = {**metadata, "vae": portable_name(metadata["vae"])}
@@ -43,7 +42,7 @@ def describe_sources(
 
 
 def describe_machine(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What decides the rounding, for the record: type of device, versions, arithmetic."""
+    """The part of the record that decides the rounding: kind of device, versions, arithmetic."""
     is_cuda = device.type == "cuda"
     return {
         "device_type": device.type,
@@ -56,21 +55,26 @@ def describe_machine(options: argparse.Namespace, device: torch.device) -> dict[
 
 
 def require_same(record: dict[str, Any], found: dict[str, Any], path: Path, overwrite: bool) -> bool:
-    """Whether the samples at `path`, made as the record `found` says, are those that `record` describes.
+    """Whether the samples at `path` are those that `record` describes.
+
+    Args:
+        record: of the samples to make.
+        found: the record of those at `path`.
+        path: for the message.
+        overwrite: return False instead of raising.
 
     Raises:
-        UserError: if it is not and may not be replaced, with the first difference.
+        UserError: if they are others and may not be replaced; it names the first difference.
     """
     record = json.loads(json.dumps(record))
-    different = [key for key in record if key not in FREE_TO_DIFFER and found.get(key) != record[key]]
-    if different and not overwrite:
-        key = different[0]
+    key = first_difference(record, found, FREE_TO_DIFFER)
+    if key is not None and not overwrite:
         was, now = found.get(key, "unknown"), record[key]
-        if isinstance(was, dict) and isinstance(now, dict):  # of many settings, the one that differs
+        if isinstance(was, dict) and isinstance(now, dict):  # the setting that differs, of many
             key = next(name for name in {**now, **was} if (name in was, was.get(name)) != (name in now, now.get(name)))
             was, now = was.get(key, "unknown"), now.get(key, "unknown")
         raise UserError(f"{path} was made with {key} {was}, now it is {now}: choose another --name, or --overwrite")
-    return not different
+    return key is None
 
 
 def read_record(path: Path) -> dict[str, Any]:

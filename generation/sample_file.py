@@ -1,13 +1,14 @@
 """The `.npz` of samples, written in place: no second copy, and memory does not grow with the number of images.
 
-An uncompressed zip puts the images of `arr_0` at a place that is known before the first image is. So any number of
-processes write theirs straight there, in any order:
+In an uncompressed zip the place of each image of `arr_0` is known before any image is made. So any number of processes
+write their images there, in any order:
 
     NAME.npz.part         the unfinished zip, its images at their final places
-    NAME.npz.progress     one line of JSON, the record; then one byte per block of images, 1 when it is done
+    NAME.npz.progress     one line of JSON, what is being made; then one byte per block of images, 1 if it is done
 
-The end is one sequential read for the checksum, the labels and the zip's directory, and a rename. All of it is the same
-bytes for the same images: dates are fixed. Images are written by `pwrite`; mapped pages would count as memory.
+To finish it, the images are read once for their checksum, the labels and the zip's directory are added, and the file
+is renamed. Dates are fixed: the same images make the same bytes. Images are written by `pwrite`, as pages of a memory
+map would count as memory.
 """
 
 import io
@@ -23,18 +24,18 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import real_place, written_aside
+from common.files import real_place, written_aside, zip_entry
 
 READ_AT_ONCE = 1 << 24  # bytes
 
 
 class SampleFile:
-    """The file of samples at `npz`, unfinished or finished. No file is opened before a method needs it.
+    """The file of samples at `npz`, unfinished or complete. The constructor opens nothing.
 
     Args:
-        npz: the file when it is complete.
+        npz: path of the complete file.
         shape: of `arr_0`, (N, H, W, 3), uint8.
-        block_size: images of a block, the unit of what is done.
+        block_size: images per block; progress is recorded per block.
     """
 
     def __init__(self, npz: Path, shape: Sequence[int], block_size: int) -> None:
@@ -48,22 +49,25 @@ class SampleFile:
         self._path, self._file = self.part, None
 
     def unfinished_record(self) -> dict[str, Any] | None:
-        """The record that `begin` got for the unfinished file of this name; None if there is no such file."""
+        """The record that `begin` was given for the unfinished file of this name; None if there is no such file."""
         try:
             record = json.loads(self._read_progress()[0])
         except (OSError, ValueError):
             return None
         return record if self.part.is_file() and isinstance(record, dict) else None
 
-    def is_cut_off(self) -> bool:
-        """Whether the unfinished file has lost its end, and with it images that are marked as done."""
+    def is_truncated(self) -> bool:
+        """Whether the unfinished file is too short, so that images marked as done may be lost."""
         return self.part.stat().st_size < self.end
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Make an empty unfinished file, in place of any other. For one process, while no other has it open.
+        """Make an empty unfinished file, replacing any other. On one process only, while no other has it open.
+
+        Args:
+            record: what is being made; `unfinished_record` returns it.
 
         Raises:
-            UserError: if the disk does not take it; then nothing is left of it.
+            UserError: if the disk does not take it; then nothing of it remains.
         """
         self.progress.unlink(missing_ok=True)
         try:
@@ -82,14 +86,16 @@ class SampleFile:
         return [block for block in range(self.blocks) if done[block : block + 1] != b"\x01"]
 
     def indices(self, blocks: Iterable[int]) -> list[int]:
-        """The numbers of the images of some blocks."""
+        """The image numbers of these blocks."""
         count, size = self.shape[0], self.block_size
         return [i for block in blocks for i in range(block * size, min((block + 1) * size, count))]
 
     def write(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Put images, uint8 (n, H, W, 3), to their places, and mark their blocks, which they must fill.
+        """Write images to their places and mark their blocks as done, after the images are on the disk.
 
-        A block is marked only after its images are on the disk.
+        Args:
+            indices: the image numbers, (n,); they must fill their blocks.
+            images: uint8 (n, H, W, 3).
 
         Raises:
             UserError: if the disk does not take them.
@@ -112,16 +118,19 @@ class SampleFile:
             ) from error
 
     def read(self, index: int) -> np.ndarray:
-        """An image, (H, W, 3): a written one of the unfinished file, or after `use_finished` any."""
+        """One image, uint8 (H, W, 3): written to the unfinished file before or, after `use_finished`, any."""
         if not 0 <= index < self.shape[0]:
             raise IndexError(index)
         data = os.pread(self._open(), self.image_bytes, self.offset + int(index) * self.image_bytes)
         return np.frombuffer(data, np.uint8).reshape(self.shape[1:])
 
     def complete(self, labels: np.ndarray) -> None:
-        """Make the unfinished file, all of whose blocks are done, a whole `.npz`, with `arr_1` = `labels`.
+        """Complete the `.npz` after all blocks are done; `publish` then gives it its name. On one process only.
 
-        For one process, and then `publish`. Killed in between, it can be called again.
+        After a kill it can be called again.
+
+        Args:
+            labels: stored as `arr_1`, (N, ...).
 
         Raises:
             UserError: if the disk does not take it.
@@ -143,24 +152,24 @@ class SampleFile:
                     archive.filelist.append(images)
                     member = io.BytesIO()
                     np.lib.format.write_array(member, labels, allow_pickle=False)
-                    archive.writestr(zip_info("arr_1.npy"), member.getvalue())
+                    archive.writestr(zip_entry("arr_1.npy", 0, 0, 0), member.getvalue())  # sets the numbers itself
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot finish {self.part}: {error.strerror}; the same command continues") from error
 
     def publish(self) -> None:
-        """Give the complete file its name. For one process."""
+        """Give the complete file its name. On one process only."""
         self.part.replace(self.npz)
         self.progress.unlink(missing_ok=True)
 
     def use_finished(self) -> None:
-        """From here on `read` reads the finished file."""
+        """Let `read` read the finished file from here on."""
         self.close()
         self._path = self.npz
 
     def close(self) -> None:
-        """Close what `write` and `read` opened; they may be called again."""
+        """Close the file that `write` and `read` opened; both may be called again."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -171,33 +180,23 @@ class SampleFile:
         return self._file
 
     def _read_progress(self) -> tuple[bytes, bytes]:
-        """The record's line, with its newline, and the blocks' bytes."""
+        """The line of the record, with its line break, and one byte per block."""
         head, newline, done = self.progress.read_bytes().partition(b"\n")
         return head + newline, done
 
     def _zip_info(self, checksum: int) -> zipfile.ZipInfo:
-        info = zip_info("arr_0.npy")
-        info.header_offset, info.CRC = 0, checksum
-        info.file_size = info.compress_size = len(self.npy_header) + self.shape[0] * self.image_bytes
-        return info
-
-
-def zip_info(name: str) -> zipfile.ZipInfo:
-    """A stored member of a zip, with a fixed date (`ZipInfo`'s default), so that the same content is the same bytes."""
-    info = zipfile.ZipInfo(name)
-    info.external_attr = 0o644 << 16
-    return info
+        return zip_entry("arr_0.npy", 0, len(self.npy_header) + self.shape[0] * self.image_bytes, checksum)
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """What precedes the data of an uint8 array in an `.npy` file."""
+    """The header of an `.npy` file of a uint8 array."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
 def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
-    """`pwrite` until all is written."""
+    """`pwrite` until all of `data` is written: one call may write less."""
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written

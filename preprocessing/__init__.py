@@ -1,1 +1,1 @@
-"""Everything that turns images into training data: run its modules with `python -m preprocessing.<name>`."""
+"""From images to training data: run the modules with `python -m preprocessing.<name>`."""

@@ -5,9 +5,9 @@
     report.json              how many came in and out, of which kinds, and what was left out, each with its reason
     dataset.json             {"labels": [["00000/img00000000.png", 0], ...], "class_names": [...], "conversion": {...}}
 
-All is written beside its place, in `.NAME.partial/`, and takes its name when it is complete; where the folder is there
-already, it may be a mount, whose name nothing can take: then within it, in `.partial/`. There, `progress.jsonl` says
-what is done already: a line of settings, then a line for every chunk of images.
+All is written to `.NAME.partial/` beside the destination, which is renamed when complete. A destination folder that
+exists may be a mount, which a rename cannot replace: then all is written to `.partial/` inside it. The file
+`progress.jsonl` there records what is done: a line of settings, then one line per chunk of images.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import only_writer, real_place
+from common.files import disk_errors_as_user_error, first_difference, only_writer, real_place
 from preprocessing.destination import files_in, put_in_place
 from preprocessing.growing_zip import Entry, GrowingZip
 from preprocessing.images import warn_of_empty_classes
@@ -34,10 +34,10 @@ from preprocessing.workers import worker_results
 from storage.file_store import LABELS, BadFile, FileStore
 from storage.image_files import read_rgb
 
-CHUNK = 32  # images: little to do again after a kill, and little held in memory on the way to a zip
+CHUNK = 32  # images: little work is lost by a kill, and little memory is used on the way to a zip
 REPORT = "report.json"
 PROGRESS = "progress.jsonl"
-Line = dict[str, Any]  # of the progress: chunk, kinds, left_out and, for a zip, entries
+Line = dict[str, Any]  # of the progress file: chunk, kinds, left_out and, for a zip, entries
 
 
 def convert(
@@ -47,14 +47,21 @@ def convert(
     transform: str = "center-crop-dhariwal",
     num_workers: int = 2,
 ) -> dict[str, Any] | None:
-    """Crop and scale the images of `source` to `resolution` pixels square, or go on where that was stopped.
+    """Crop and scale images to squares of one size, or continue that work.
 
-    `source` is a folder, zip or tar (also a folder or tar of tars); classes are its folders, or what its
-    `dataset.json` says. `dest` is a folder, or a zip if it ends in `.zip`; it may be a link, or an empty folder. Images
-    that cannot be read are left out and listed in the report, which is returned; None if `dest` was complete already.
+    Args:
+        source: a folder, zip or tar (also a folder or tar of tars); classes are its folders, or as in `dataset.json`.
+        dest: a folder, or a zip if it ends in `.zip`; it may be a link, or an empty folder.
+        resolution: side in pixels.
+        transform: of `TRANSFORMS`.
+        num_workers: processes that convert.
 
-    Raises `UserError` for a source without images or with contradicting labels, if `dest` holds something else or is
-    being written by another command, and for a full disk; what is written stays, and the same command continues.
+    Returns:
+        the report, which lists the images that could not be read; None if `dest` was complete already.
+
+    Raises:
+        UserError: for a source without images or with contradicting labels, if `dest` holds something else or is being
+            written by another command, and for a full disk; what is written stays, and the same command continues.
     """
     source, dest = Path(source), real_place(dest).absolute()
     if source.resolve() in (dest.resolve(), *dest.resolve().parents):
@@ -70,21 +77,16 @@ def convert(
         if dest.is_file() or (files_in(dest) and not moving_in):
             _check_same(settings, _finished_settings(dest), dest)
         else:
-            try:
-                report = _converted(pictures, settings, dest, aside, num_workers)
+            with disk_errors_as_user_error(dest):
+                report = _convert_chunks(pictures, settings, dest, aside, num_workers)
                 _warn_of_empty_classes(pictures, report)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write {dest} ({error.strerror or error}): free space or change --dest, then give the "
-                    "same command again: it continues"
-                ) from error
         for leftover in {aside, beside}:
             shutil.rmtree(leftover, ignore_errors=True)
     return report
 
 
 def _settings(pictures: PictureSource, resolution: int, transform: str) -> dict[str, Any]:
-    """What makes one conversion another one."""
+    """What a conversion depends on."""
     listing = [pictures.images, pictures.labels, pictures.class_names, list(pictures.others)]
     return {
         "resolution": resolution,
@@ -102,12 +104,11 @@ def _finished_settings(dest: Path) -> dict[str, Any]:
 
 
 def _check_same(wanted: dict[str, Any], found: dict[str, Any], place: Path) -> None:
-    for key in wanted:
-        if found.get(key) != wanted[key]:
-            raise UserError(
-                f"{place} was made with {key} {found.get(key)}, where this command has {wanted[key]}: "
-                "remove it or change --dest"
-            )
+    if (key := first_difference(wanted, found)) is not None:
+        raise UserError(
+            f"{place} was made with {key} {found.get(key)}, where this command has {wanted[key]}: "
+            "remove it or change --dest"
+        )
 
 
 def describe(report: dict[str, Any], dest: str | Path) -> str:
@@ -124,15 +125,15 @@ def describe(report: dict[str, Any], dest: str | Path) -> str:
 
 
 def output_name(position: int) -> str:
-    """Name of the picture that the image at this position of the sorted source becomes."""
+    """File name of the image made from the one at this position of the sorted source."""
     return f"{position // 1000:05d}/img{position:08d}.png"
 
 
 class _Chunks:
-    """Called with k: chunk k of the images, converted, as its progress line and the pictures: (name, PNG content).
+    """Called with k, converts chunk k of the images: its progress line, and a (name, PNG content) per image.
 
-    With `folder`, pictures are written there by the worker itself and not returned. A mistake is returned, too:
-    raised in a worker it would be taken for a failure of the worker.
+    With `folder` the worker writes the images there and returns none. Errors of the user's are returned: raised, they
+    would count as a failure of the worker.
     """
 
     def __init__(self, pictures: PictureSource, resolution: int, transform: str, folder: Path | None) -> None:
@@ -151,7 +152,7 @@ class _Chunks:
             except BadFile as error:
                 left_out[name] = _reason(error)
                 continue
-            except UserError as error:  # a disk that fails or is gone says nothing about the image
+            except UserError as error:  # the disk failed, not the image
                 return UserError(
                     f"{self.store.path / name} cannot be read any more ({error.__cause__ or error}): bring it back "
                     "and give the same command again: it continues"
@@ -175,7 +176,7 @@ class _Chunks:
             TRANSFORMS[self.transform](image, self.resolution).save(buffer, "PNG", compress_level=0)
         except MemoryError:
             raise
-        except Exception as error:  # decoders fail in every way, and one bad image must not stop the others
+        except Exception as error:  # decoders raise all kinds, and one bad image must not stop the others
             raise BadFile(_reason(error)) from error
         return buffer.getvalue(), kind
 
@@ -187,17 +188,17 @@ class _Chunks:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong with an image, the same in every run: without addresses in memory."""
+    """What is wrong with an image, without memory addresses: the same in every run."""
     return re.sub(r" <[^>]* at 0x\w+>", "", str(error)) or type(error).__name__
 
 
 # ---- all chunks
 
 
-def _converted(
+def _convert_chunks(
     pictures: PictureSource, settings: dict[str, Any], dest: Path, aside: Path, num_workers: int
 ) -> dict[str, Any]:
-    """Convert what is left to do, put the whole in its place, and return the report."""
+    """Convert the remaining chunks, move the result to `dest`, and return the report."""
     aside.mkdir(exist_ok=True)
     progress = aside / PROGRESS
     lines = _read_progress(progress, settings)
@@ -238,7 +239,7 @@ def _is_zip(dest: Path) -> bool:
 
 
 def _read_progress(file: Path, settings: dict[str, Any]) -> list[Line]:
-    """The lines of the chunks that are done, which are always the first ones; begins the file if it is not there."""
+    """The lines of the chunks that are done, always the first ones; starts the file if it does not exist."""
     written = file.read_bytes() if file.exists() else b""
     whole = written[: written.rfind(b"\n") + 1]  # a kill or a full disk may cut the last line short
     if not whole:
@@ -261,7 +262,7 @@ def _entries(lines: list[Line]) -> list[Entry]:
 
 
 def _report(pictures: PictureSource, lines: list[Line]) -> dict[str, Any]:
-    """Every file of the source is counted as converted or named among those left out."""
+    """The report: every file of the source is either counted as converted or listed as left out."""
     kinds, left_out = Counter(), {}
     for line in lines:
         kinds.update(line["kinds"])

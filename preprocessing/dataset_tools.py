@@ -1,4 +1,4 @@
-"""Make, describe and check datasets: images, and packed latents and features (see `dataset.py`, `ssl_features.py`).
+"""Make, describe and check datasets: images, packed latents (`storage/packed.py`) and features (`storage/features.py`).
 
     python -m preprocessing.dataset_tools convert --source ILSVRC2012_img_train.tar --dest IMAGES --resolution 256x256
     python -m preprocessing.dataset_tools encode --source IMAGES --dest OUT --vae stabilityai/sd-vae-ft-ema
@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python preprocessing/dataset_tools.py`, as in REPA
 
-from common.errors import OneLineParser, UserError, exits_on_user_error, memory_told
+from common.errors import OneLineParser, UserError, exits_on_user_error, reports_out_of_memory
 from common.flags import PRECISIONS
 from common.processes import usable_device
 from common.sd_vae import SD_VAE
@@ -66,12 +66,8 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
     parse.add_argument("--source", required=True, help="folder or zip of square RGB images of one size, by class")
     parse.add_argument("--dest", required=True, help="folder of the packed dataset, to be made")
     parse.add_argument("--vae", required=True, help="AutoencoderKL: local folder or hub name")
-    _add_dtype(parse)
-    parse.add_argument("--flip", action="store_true", help="store the moments of the mirror images too (default: no)")
     parse.add_argument("--images", action="store_true", help="store the images too, as pixels (default: no)")
-    parse.add_argument("--batch-size", type=_positive, default=64, help="images encoded at once (default: 64)")
-    _add_device(parse, "the VAE")
-    _add_num_workers(parse, "processes that read images, for each that encodes")
+    _add_encoding(parse, "moments", "the VAE")
     parse.set_defaults(run=_run_encode)
 
 
@@ -99,15 +95,11 @@ def _add_encode_ssl(commands: argparse._SubParsersAction) -> None:
     parse.add_argument(
         "--weights", metavar="FILE", help="its weights from a local file, or random (default: from the hub's cache)"
     )
-    parse.add_argument("--tokens", type=_positive, help="tokens a side (default: half a side of the latents)")
-    _add_dtype(parse, "features")
-    parse.add_argument("--flip", action="store_true", help="store the features of the mirror images too (default: no)")
+    parse.add_argument("--tokens", type=_positive, help="tokens per side (default: half a side of the latents)")
     parse.add_argument(
         "--mixed-precision", choices=list(PRECISIONS), default="no", help="precision of the encoder (default: no)"
     )
-    parse.add_argument("--batch-size", type=_positive, default=64, help="images encoded at once (default: 64)")
-    _add_device(parse, "the encoder")
-    _add_num_workers(parse, "processes that read images, for each that encodes")
+    _add_encoding(parse, "features", "the encoder")
     parse.set_defaults(run=_run_encode_ssl)
 
 
@@ -128,7 +120,7 @@ def _run_encode_ssl(args: argparse.Namespace) -> None:
 
 
 def _add_pack(commands: argparse._SubParsersAction) -> None:
-    parse = commands.add_parser("pack", help="one .npy of moments an image -> packed moments")
+    parse = commands.add_parser("pack", help="one .npy of moments per image -> packed moments")
     parse.add_argument("--source", required=True, help="folder or zip of .npy files with a dataset.json of labels")
     parse.add_argument("--dest", required=True, help="folder of the packed dataset, to be made")
     parse.add_argument("--images", help="folder or zip of the images, to be stored too (default: without)")
@@ -148,13 +140,13 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:
     parse = commands.add_parser("verify", help="read latents or features again and name every damaged sample")
-    parse.add_argument("path", help="packed dataset or features, or folder or zip of one .npy an image")
+    parse.add_argument("path", help="packed dataset or features, or folder or zip of one .npy per image")
     _add_num_workers(parse, "threads that read")
     parse.set_defaults(run=lambda args: verify(args.path, args.num_workers))
 
 
 def _add_stats(commands: argparse._SubParsersAction) -> None:
-    parse = commands.add_parser("stats", help="images -> reference batch, with Inception statistics if asked")
+    parse = commands.add_parser("stats", help="images -> reference batch, optionally with Inception statistics")
     parse.add_argument("--source", required=True, help="folder or zip of RGB images of one size, by class")
     parse.add_argument("--dest", required=True, help=".npz file to write")
     parse.add_argument("--every", type=int, default=1, metavar="N", help="take every N-th image, by name (default: 1)")
@@ -177,6 +169,15 @@ def _run_stats(args: argparse.Namespace) -> None:
     if args.features or args.feature_weights:
         extractor = load_extractor("inception", args.feature_weights, usable_device(args.device))
     print(f"written to {write_reference(args.source, args.dest, indices, extractor)}")
+
+
+def _add_encoding(parse: argparse.ArgumentParser, made: str, network: str) -> None:
+    """The flags of any command that encodes images."""
+    _add_dtype(parse, made)
+    parse.add_argument("--flip", action="store_true", help=f"store the {made} of the mirror images too (default: no)")
+    parse.add_argument("--batch-size", type=_positive, default=64, help="images encoded at once (default: 64)")
+    _add_device(parse, network)
+    _add_num_workers(parse, "processes that read images, per process that encodes")
 
 
 def _add_device(parse: argparse.ArgumentParser, what: str) -> None:
@@ -215,7 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @exits_on_user_error
-@memory_told("lower --batch-size or --num-workers, where the command has them; it continues where it was")
+@reports_out_of_memory("lower --batch-size or --num-workers, where the command has them; it continues where it was")
 def main() -> None:
     """Parse the command line and run one command."""
     args = build_parser().parse_args()

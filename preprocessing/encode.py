@@ -10,9 +10,9 @@ import torch
 
 from common.errors import UserError
 from common.files import only_writer
-from common.processes import Processes, joined_processes, progress_bar
+from common.processes import Processes, cpu_process_group, progress_bar
 from models.autoencoder import Autoencoder, encode_moments, load_vae, portable_name, reduction, weights_sha256
-from preprocessing.images import SourceImages, list_images, tell_passed_over, warn_of_empty_classes
+from preprocessing.images import SourceImages, list_images, report_passed_over, warn_of_empty_classes
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
@@ -31,33 +31,45 @@ def encode(
     with_images: bool = False,
     shard_rows: int | None = None,
 ) -> None:
-    """Encode the images in `source` (folder or zip) to packed latents in `dest`, or go on where that was stopped.
+    """Encode images to packed latents, or continue that work; nothing is done if `dest` is complete.
 
-    `flip` stores the moments of the mirror images too, `with_images` the pixels. The VAE runs in float32 (on GPUs with
-    TF32 convolutions, as PyTorch does by default) whatever the stored `dtype`. Which images share a batch depends on
-    `batch_size` alone, so that interruptions and the number of processes do not change a bit of the result (processes
-    with the same kind of device and number of threads). Does nothing if all of it is there already.
+    The VAE runs in float32 (on GPUs with TF32 convolutions, PyTorch's default), whatever the stored `dtype`. Which
+    images share a batch depends on `batch_size` alone: neither interruptions nor the number of processes change a bit
+    of the result, on the same kind of device and number of threads.
 
-    Raises `UserError` for a source, a VAE or images that do not fit, if `dest` holds something else or is being
-    written by another command, and for a full disk; what is written stays, and the same command continues.
+    Args:
+        source: folder or zip of images.
+        dest: folder to make.
+        vae_name: local folder or hub name of an AutoencoderKL.
+        dtype: of the stored moments, "float16" or "float32".
+        batch_size: images per forward pass.
+        device: where the VAE runs.
+        num_workers: processes that read images, per process that encodes.
+        flip: store the moments of the mirror images too.
+        with_images: store the pixels too.
+        shard_rows: samples per shard (default: 2 GiB of them).
+
+    Raises:
+        UserError: for a source, a VAE or images that do not fit, if `dest` holds something else or is being written by
+            another command, and for a full disk; what is written stays, and the same command continues.
     """
-    if Path(vae_name).is_dir():  # the latents, and what is trained on them, are read in other working folders too
+    if Path(vae_name).is_dir():  # the path must hold in other working folders too
         vae_name = str(Path(vae_name).resolve())
-    with joined_processes() as processes:
-        leader = processes.rank == 0  # it alone walks the folders, fetches the VAE and puts the shards together
+    with cpu_process_group() as processes:
+        leader = processes.rank == 0  # only it lists the images, downloads the VAE and writes the shards
         with only_writer(dest) if leader else nullcontext():
             vae = None
             if leader:
                 images = list_images(source)
-                tell_passed_over(images.others)
+                report_passed_over(images.others)
                 warn_of_empty_classes(images.labels, images.class_names)
-                vae = load_vae(vae_name, device=processes.own(device))
+                vae = load_vae(vae_name, device=processes.own_device(device))
                 manifest = _manifest(images, vae, vae_name, dtype, flip, with_images)
                 PackedJob.begin(dest, manifest, images.names, images.labels)
             processes.wait()
             job = PackedJob.join(dest)
             if job is not None:
-                vae = vae or load_vae(vae_name, device=processes.own(device))
+                vae = vae or load_vae(vae_name, device=processes.own_device(device))
                 batches = ImageBatches(FileStore(source), job.names, job.manifest["resolution"])
                 encode_units(job, batches, partial(encode_moments, vae), batch_size, num_workers, processes)
             processes.wait()
@@ -97,12 +109,20 @@ def encode_units(
     num_workers: int,
     processes: Processes,
 ) -> None:
-    """Encode what is left for this process, one unit after the other, while worker processes read ahead.
+    """Encode the units that this process has to write, while worker processes read ahead.
 
-    `images` gives batches of samples, uint8 (B, H, W, 3), for lists of their numbers, or a mistake; `network` makes
-    (B, ...) of them. Pixels are kept, until their unit is written, only if they are to be stored.
+    Args:
+        job: what to encode.
+        images: sample numbers -> their images, uint8 (B, H, W, 3), or an error.
+        network: images -> what is stored of them, (B, ...).
+        batch_size: images per forward pass.
+        num_workers: processes that read.
+        processes: of this command.
+
+    Raises:
+        UserError: for an image that cannot be read, values that are not finite, and a full disk.
     """
-    units = job.left(processes.rank, processes.world)
+    units = job.unwritten_units(processes.rank, processes.world)
     batches = {
         unit: [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
         for unit, rows in ((unit, job.rows_of(unit)) for unit in units)
@@ -134,17 +154,12 @@ class ImageBatches:
         self.store, self.names, self.resolution = store, names, resolution
 
     def __call__(self, indices: list[int]) -> np.ndarray | UserError:
-        """A batch, or else the mistake: raised in a worker it would be taken for a failure of the worker."""
+        """A batch, or the error: raised, it would count as a failure of the worker."""
         try:
-            return np.stack([self._read(self.names[i]) for i in indices])
+            expected = (
+                f"expected {self.resolution} x {self.resolution}, the height of the first image: bring all to one "
+                "square size"
+            )
+            return np.stack([read_image(self.store, self.names[i], self.resolution, expected) for i in indices])
         except UserError as error:
             return error
-
-    def _read(self, name: str) -> np.ndarray:
-        pixels = read_image(self.store, name)
-        if pixels.shape[:2] != (self.resolution, self.resolution):
-            raise UserError(
-                f"{self.store.path / name} is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected "
-                f"{self.resolution} x {self.resolution}, the height of the first image: bring all to one square size"
-            )
-        return pixels

@@ -13,15 +13,15 @@ import numpy as np
 from common.errors import UserError
 from common.files import only_writer, real_place
 from common.flags import PRECISIONS
-from common.processes import joined_processes
+from common.processes import cpu_process_group
 from models.autoencoder import weights_sha256
 from models.ssl_encoders import load_encoder
 from preprocessing.encode import ImageBatches, encode_units
-from preprocessing.images import list_images, tell_passed_over
+from preprocessing.images import list_images, report_passed_over
 from preprocessing.packed_writer import SHARD_BYTES, PackedJob, features_manifest, row_type
 from preprocessing.source_identity import source_sha256
 from storage.file_store import FileStore
-from storage.packed import MANIFEST, PackedLatents
+from storage.packed import FILES, MANIFEST, PackedLatents, manifest_format
 
 
 def encode_ssl(
@@ -38,19 +38,22 @@ def encode_ssl(
     precision: str = "no",
     shard_rows: int | None = None,
 ) -> None:
-    """Encode the images in `source` to packed features in `dest`, or go on where that was stopped.
+    """Encode images to packed features, or continue that work; the size on disk is printed first.
 
-    `source` is a folder or zip of images, or packed latents that were written with the images. `encoder_name` and
-    `weights` are as in `load_encoder`; `precision` (of `flags.PRECISIONS`) is what the encoder runs in. By default
-    there are as many tokens as a network of patch size 2 has: for images the SD-VAE's latents are assumed. `flip`
-    stores the features of the mirror images too. The size on disk is printed before any work. For the rest see
-    `encode.encode`.
+    Args:
+        source: folder or zip of images, or packed latents that were written with the images.
+        encoder_name, weights: as in `load_encoder`.
+        tokens_a_side: tokens per side (default: as many as a network of patch size 2 has; for images it is assumed
+            that their latents are the SD-VAE's).
+        precision: of the encoder, a key of `flags.PRECISIONS`.
+        dest, dtype, batch_size, device, num_workers, flip, shard_rows: as in `encode.encode`.
 
-    Raises `UserError` for a source or an encoder that does not fit, too little free disk, and as `encode` does.
+    Raises:
+        UserError: for a source or an encoder that does not fit, too little free disk, and as `encode` does.
     """
-    with joined_processes() as processes:
-        leader = processes.rank == 0  # it alone looks at the source, fetches the encoder and puts the shards together
-        place = processes.own(device)
+    with cpu_process_group() as processes:
+        leader = processes.rank == 0  # only it reads the source, downloads the encoder and writes the shards
+        place = processes.own_device(device)
         with only_writer(dest) if leader else nullcontext():
             encoder = None
             if leader:
@@ -85,8 +88,8 @@ def encode_ssl(
 
 
 def _inspect(source: Path, tokens_a_side: int | None) -> tuple[list[str], int, int, str]:
-    """Names of the images, their side in pixels, the tokens a side (unless given, as many as latents of them have), and
-    what identifies them."""
+    """Names of the images, their side in pixels, the tokens per side (unless given, as many as their latents have), and
+    a checksum that identifies the images."""
     if _is_packed(source):
         data = PackedLatents(source)
         if not data.has_images:
@@ -95,21 +98,18 @@ def _inspect(source: Path, tokens_a_side: int | None) -> tuple[list[str], int, i
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         return data.names, data.manifest["resolution"], tokens_a_side or data.latent_shape[-1] // 2, digest
     images = list_images(source)
-    tell_passed_over(images.others)
+    report_passed_over(images.others)
     resolution = images.read(0).shape[0]
     if resolution % 16 and not tokens_a_side:
         raise UserError(
             f"images are {resolution} pixels high, expected a multiple of 16: resize them (convert), or say how many "
-            "tokens a side the network has (--tokens)"
+            "tokens per side the network has (--tokens)"
         )
     return images.names, resolution, tokens_a_side or resolution // 16, source_sha256((images.store, images.names))
 
 
 def _is_packed(source: Path) -> bool:
-    try:
-        return "format" in json.loads((source / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    return manifest_format(source) not in (None, FILES)
 
 
 def _images(source: Path, job: PackedJob) -> Callable[[list[int]], np.ndarray | UserError]:
@@ -129,7 +129,7 @@ class _PackedImages:
 
 
 def describe_size(manifest: dict[str, Any]) -> str:
-    """What packed features of this manifest are, and how many gigabytes (10^9 bytes) they take."""
+    """One line on packed features of this manifest, with their size in gigabytes (10^9 bytes)."""
     views = " and of its mirror image" if manifest["flip"] else ""
     tokens = f"{manifest['tokens']} tokens of {manifest['width']} {manifest['dtype']}"
     size = manifest["count"] * row_type(manifest).itemsize
@@ -137,12 +137,12 @@ def describe_size(manifest: dict[str, Any]) -> str:
 
 
 def check_disk(dest: Path, manifest: dict[str, Any]) -> None:
-    """Print what the features will take and what is free. Raises `UserError` if that is less than is to be written."""
+    """Print the size of the features and the free disk. Raises `UserError` if they do not fit."""
     if (dest / MANIFEST).is_file():
         return
     size = manifest["count"] * row_type(manifest).itemsize
     written = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())
-    needed = max(0, size - written) + min(size, SHARD_BYTES)  # at the end one shard is there twice
+    needed = max(0, size - written) + min(size, SHARD_BYTES)  # at the end one shard exists twice
     free = shutil.disk_usage(next(place for place in (dest, *dest.absolute().parents) if place.is_dir())).free
     print(f"{describe_size(manifest)}, {free / 1e9:.1f} GB free", flush=True)
     if needed > free:

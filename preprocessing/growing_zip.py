@@ -7,23 +7,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
+from common.files import zip_entry
 
 
 class Entry(NamedTuple):
     """A stored file of a zip that has no directory yet."""
 
     name: str
-    first: int  # byte of its local header
+    first: int  # byte where its local header begins
     size: int
     crc: int
 
     def info(self) -> zipfile.ZipInfo:
-        """As the zip's directory tells it; the date is fixed, so that the same files make the same zip."""
-        info = zipfile.ZipInfo(self.name)
-        info.header_offset, info.CRC = self.first, self.crc
-        info.file_size = info.compress_size = self.size
-        info.external_attr = 0o644 << 16
-        return info
+        """Its entry in the zip's directory."""
+        return zip_entry(self.name, self.first, self.size, self.crc)
 
     @property
     def end(self) -> int:
@@ -31,10 +28,17 @@ class Entry(NamedTuple):
 
 
 class GrowingZip:
-    """Zip file `path` without its directory, cut back to `entries`, to which more are added.
+    """A zip file whose directory is not written yet, so that files can be added.
 
-    What `add` returns is to be kept by the caller until `finish`, on disk if the zip is to be continued after a
-    kill. Raises `UserError` if the file is shorter than its entries; all else that fails raises `OSError`.
+    The caller keeps what `add` returns until `finish`, on disk if the zip is to be continued after a kill.
+
+    Args:
+        path: the zip file; it is made, or cut after the last of `entries`.
+        entries: what an earlier run added.
+
+    Raises:
+        UserError: if the file is shorter than its entries.
+        OSError: for any failure of the disk.
     """
 
     def __init__(self, path: Path, entries: list[Entry]) -> None:
@@ -53,7 +57,7 @@ class GrowingZip:
         return entry
 
     def flush(self) -> None:
-        """Hand what was added to the system, where a kill does not reach it."""
+        """Hand what was added to the system: a kill of this process no longer loses it."""
         self._file.flush()
 
     def finish(self, entries: list[Entry], texts: dict[str, str]) -> None:

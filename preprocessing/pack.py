@@ -1,4 +1,4 @@
-"""One latent file an image -> packed latents, optionally with the images they were made of."""
+"""One latent file per image -> packed latents, optionally with the images they were made of."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from preprocessing.images import SourceImages, list_images, warn_of_empty_classe
 from preprocessing.packed_writer import PackedJob, packed_manifest
 from preprocessing.source_identity import source_sha256
 from preprocessing.workers import worker_results
-from storage.file_store import LABELS, read_image
-from storage.official import FileLatents, image_folder, pairing_name
+from storage.file_store import LABELS
+from storage.official import FileLatents, image_folder, pairing_name, read_encoded_image
 
 
 def pack(
@@ -26,13 +26,20 @@ def pack(
     num_workers: int = 2,
     shard_rows: int | None = None,
 ) -> None:
-    """Pack the latents in `source`, a folder or zip of one `.npy` an image, to `dest`, or go on where that stopped.
+    """Pack latents of one `.npy` per image, in the order of the files' names, or continue that work.
 
-    `vae_name` is recorded as the VAE that made them, an SD-VAE in any case. Samples keep the order of their files'
-    names. `images` (folder or zip) are stored too, each with the latents of the same name; see `pairing_name`.
+    Args:
+        source: folder or zip of the latents.
+        dest: folder to make.
+        vae_name: recorded as the VAE that made them, which must be an SD-VAE.
+        dtype: of the stored moments, "float16" or "float32".
+        images: folder or zip of images to store too, paired with the latents by `pairing_name`.
+        num_workers: processes that read files.
+        shard_rows: samples per shard (default: 2 GiB of them).
 
-    Raises `UserError` if files, labels and images do not belong together one to one, for a damaged file, and as
-    `encode` does for what concerns `dest`.
+    Raises:
+        UserError: if files, labels and images do not match one to one, for a damaged file, and, for what concerns
+            `dest`, as `encode` does.
     """
     with only_writer(dest):
         latents = FileLatents(source)
@@ -58,7 +65,7 @@ def pack(
         if job is None:
             print(f"{dest} is complete ({len(latents)} samples): nothing to do")
             return
-        left = job.left()
+        left = job.unwritten_units()
         with (
             worker_results(_UnitWriter(job, latents, paired), left, num_workers) as results,
             tqdm(total=sum(len(job.rows_of(unit)) for unit in left), desc="pack", unit="img") as bar,
@@ -70,7 +77,7 @@ def pack(
 
 
 def check_files(latents: FileLatents) -> None:
-    """Compare the files that are there with those that `dataset.json` lists; `UserError` names the first unequal."""
+    """Compare the existing files with those in `dataset.json`; `UserError` names the first that only one has."""
     there = {name for name in latents.store.names() if name.endswith(".npy")}
     for name in sorted(there ^ set(latents.names))[:1]:
         problem = "lists no label for" if name in there else "lists a missing file,"
@@ -96,7 +103,7 @@ def _paired_images(latents: FileLatents, images: SourceImages) -> SourceImages:
 
 
 class _UnitWriter:
-    """Reads and writes one unit of the job, in a worker process; returns the number of its samples, or a mistake."""
+    """Reads and writes one unit of the job, in a worker process; returns the number of its samples, or an error."""
 
     def __init__(self, job: PackedJob, latents: FileLatents, images: SourceImages | None) -> None:
         self.job, self.latents, self.images = job, latents, images
@@ -105,17 +112,10 @@ class _UnitWriter:
         rows, images = self.job.rows_of(unit), None
         try:
             if self.images is not None:
-                images = np.stack([self._pixels(self.images.names[row]) for row in rows])
+                side = self.job.manifest["resolution"]
+                names = [self.images.names[row] for row in rows]
+                images = np.stack([read_encoded_image(self.images.store, name, side) for name in names])
             self.job.write_unit(unit, self.latents.gather(np.array(rows))[0], images)
-        except UserError as error:  # raised here, it would be taken for a failure of the worker
+        except UserError as error:  # raised, it would count as a failure of the worker
             return error
         return len(rows)
-
-    def _pixels(self, name: str) -> np.ndarray:
-        side, pixels = self.job.manifest["resolution"], read_image(self.images.store, name)
-        if pixels.shape[:2] != (side, side):
-            raise UserError(
-                f"{self.images.store.path / name} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but its latents are "
-                f"of {side} x {side}: give the images that were encoded"
-            )
-        return pixels

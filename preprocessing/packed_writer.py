@@ -1,15 +1,14 @@
-"""Writes packed latents (described in `dataset.py`) and packed features (`ssl_features.py`), so that a killed command
-goes on where it was.
+"""Writes packed latents (`storage/packed.py`) and packed features (`storage/features.py`); a killed command continues.
 
-Samples are made in units of up to 512, by any number of processes, and at the end put together to the large files.
-In the making, the dataset's folder holds besides its finished files
+Samples are written in units of up to 512, by any number of processes, which are joined to the large files at the end.
+Until then the dataset's folder also holds
 
-    unfinished/job.json              what is being made: the manifest but for the shards
+    unfinished/job.json              what is being made: the manifest without its shards
     unfinished/unit-00012.npy        samples 12 * 512 to 13 * 512, complete
-    unfinished/all-units             an empty file: all units are there, and may now be moved to shards one by one
+    unfinished/all-units             an empty file: all units are written, so units in finished shards may be deleted
     unfinished/moments-00000.json    checksums of a shard that is being finished
 
-and the manifest, written last, turns it into a dataset. A file under its own name is always complete.
+The manifest is written last and makes it a dataset. A file under its own name is always complete.
 """
 
 import hashlib
@@ -25,15 +24,15 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import hashed_aside, json_bytes, real_place, write_file
+from common.files import first_difference, hashed_aside, json_bytes, real_place, write_file
 from preprocessing.destination import files_in
 from storage.features import FEATURES
 from storage.file_store import load_npy
 from storage.packed import FORMAT, FORMAT_VERSION, LATENTS, MANIFEST, read_manifest
 
-SHARD_BYTES = 2**31  # few files, yet each is quick to copy and to check
-UNIT_ROWS = 512  # what a kill costs at most, in each process,
-UNIT_BYTES = 2**26  # and what a process has in memory: fewer rows where the images are stored too
+SHARD_BYTES = 2**31  # few files, each still quick to copy and check
+UNIT_ROWS = 512  # samples that a kill costs at most, per process
+UNIT_BYTES = 2**26  # memory per process: fewer rows per unit if the images are stored too
 LAYOUTS = {layout.format: layout for layout in (LATENTS, FEATURES)}
 
 
@@ -52,11 +51,17 @@ def packed_manifest(
     images: bool = False,
     source_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a packed dataset, but for its shards and checksums: all that is known before the first latent.
+    """The manifest of packed latents without shards and checksums: all that is known before the first latent.
 
-    `latent_shape` is (2C, h, w), of the moments; `dtype` "float16" or "float32". With `flip` each sample has the
-    mirrored image's moments too, with `images` the uint8 pixels. `source_sha256` tells the files it is made of from
-    others of the same names; see `source_identity`.
+    Args:
+        names, labels, class_names: of the N samples, labels (N,) ints.
+        resolution: side of the images in pixels.
+        latent_shape: (2C, h, w), of the moments.
+        dtype: "float16" or "float32".
+        vae, vae_sha256, scaling_factor: name, checksum of the weights and config of the VAE.
+        flip: whether each sample has the moments of its mirror image too.
+        images: whether each sample has its uint8 pixels too.
+        source_sha256: identifies the source's files, see `source_identity`.
     """
     return {
         "format": FORMAT,
@@ -92,10 +97,12 @@ def features_manifest(
     flip: bool = False,
     source_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """The manifest of packed features, but for its shards and checksums.
+    """The manifest of packed features without shards and checksums.
 
-    `resolution` is the side of the images they are made of, `tokens` T, `width` z, and `precision` what the encoder
-    ran in; the rest is as in `packed_manifest`.
+    Args:
+        tokens, width: T and z of the features (T, z) of an image.
+        encoder, weights_sha256, precision: name, checksum and precision of the encoder.
+        names, resolution, dtype, flip, source_sha256: as in `packed_manifest`.
     """
     return {
         "format": FEATURES.format,
@@ -115,10 +122,10 @@ def features_manifest(
 
 
 class PackedJob:
-    """A packed dataset in the making, in folder `dest`; several processes may have it open.
+    """An unfinished packed dataset in folder `dest`, which several processes may write.
 
-    `begin` makes or continues one, `join` opens the one that another process began. Each process writes the units
-    that are `left` for it; after all have, one calls `finish`.
+    `begin` makes or continues one, `join` opens the one that another process began. Each process writes its
+    `unwritten_units`; when all have, one process calls `finish`.
     """
 
     def __init__(self, dest: str | Path) -> None:
@@ -132,11 +139,19 @@ class PackedJob:
     def begin(
         cls, dest: str | Path, manifest: dict[str, Any], names: list[str], labels: np.ndarray | None = None
     ) -> "PackedJob | None":
-        """The job of making what `manifest` says, new or continued; None if it is done.
+        """Begin or continue the dataset that `manifest` describes.
 
-        It is from `packed_manifest`, and `labels` with it, or from `features_manifest`.
+        Args:
+            dest: its folder.
+            manifest: from `packed_manifest` or `features_manifest`.
+            names: of the N samples.
+            labels: (N,) ints, for packed latents.
 
-        Raises `UserError` if `dest` holds something else or damaged, finished or not: it is left as it is.
+        Returns:
+            the job; None if the dataset is complete.
+
+        Raises:
+            UserError: if `dest` holds something else, or damaged files; nothing there is changed.
         """
         dest = real_place(dest)
         work, job = dest / "unfinished", dest / "unfinished" / "job.json"
@@ -144,7 +159,7 @@ class PackedJob:
             raise UserError(f"{dest} is a file, expected a folder: change --dest")
         if (dest / MANIFEST).is_file():
             _check_same(manifest, read_manifest(dest, LAYOUTS[manifest["format"]]), dest, "complete dataset")
-            shutil.rmtree(work, ignore_errors=True)  # where the kill came between the manifest and this
+            shutil.rmtree(work, ignore_errors=True)  # after a kill between the manifest and this line
             return None
         if job.is_file():
             _check_same(manifest, _read_job(dest)[0], dest, "dataset in the making")
@@ -165,7 +180,7 @@ class PackedJob:
 
     @classmethod
     def join(cls, dest: str | Path) -> "PackedJob | None":
-        """The job that another process has begun in `dest`; None if it is done."""
+        """The job that another process has begun in `dest`; None if the dataset is complete."""
         return None if (Path(dest) / MANIFEST).is_file() else cls(dest)
 
     def __len__(self) -> int:
@@ -174,8 +189,8 @@ class PackedJob:
     def _unit_file(self, unit: int) -> Path:
         return self.work / f"unit-{unit:05d}.npy"
 
-    def left(self, rank: int = 0, world: int = 1) -> list[int]:
-        """The units that process `rank` of `world` has to write still."""
+    def unwritten_units(self, rank: int = 0, world: int = 1) -> list[int]:
+        """The units that process `rank` of `world` still has to write."""
         if (self.work / "all-units").exists():
             return []
         units = range(rank, -(-len(self) // self.unit_rows), world)
@@ -186,10 +201,15 @@ class PackedJob:
         return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, len(self)))
 
     def write_unit(self, unit: int, values: np.ndarray, images: np.ndarray | None = None) -> None:
-        """Write one unit: moments (n, 2C, h, w) or features (n, T, z), and uint8 images (n, H, W, 3).
+        """Write one unit of n samples.
 
-        With flips both views of a sample, (n, 2, ...). Raises `UserError` if values are not finite in the stored
-        dtype, naming the sample, or at a full disk.
+        Args:
+            unit: its number.
+            values: moments (n, 2C, h, w) or features (n, T, z); with flips both views of a sample, (n, 2, ...).
+            images: uint8 (n, H, W, 3), if they are stored.
+
+        Raises:
+            UserError: if values are not finite in the stored dtype, naming the sample, or for a full disk.
         """
         rows, field = np.empty(len(self.rows_of(unit)), self.row_type), self.row_type.names[0]
         with np.errstate(over="ignore"):  # reported just below, with the sample's name
@@ -204,8 +224,8 @@ class PackedJob:
         write_file(self._unit_file(unit), _npy(rows))
 
     def finish(self, shard_rows: int | None = None) -> None:
-        """Put the units together to shards of `shard_rows` samples (by default of 2 GiB), then write the manifest."""
-        unwritten = self.left()
+        """Join the units to shards of `shard_rows` samples (default: 2 GiB of them), then write the manifest."""
+        unwritten = self.unwritten_units()
         if unwritten:
             raise ValueError(f"units {unwritten[:5]}... are not written yet")
         write_file(self.work / "all-units", b"")
@@ -233,7 +253,7 @@ class PackedJob:
             rows = range(first, min(first + shard_rows, len(self)))
             if not place.exists():
                 self._write_shard(field, rows, place, record)
-            if field == self.row_type.names[-1]:  # whatever lies wholly before the next shard is in its place now
+            if field == self.row_type.names[-1]:  # all fields of these rows are in shards now
                 for unit in range(first // self.unit_rows, -(-rows.stop // self.unit_rows)):
                     if self.rows_of(unit).stop <= rows.stop:
                         self._unit_file(unit).unlink(missing_ok=True)
@@ -242,7 +262,7 @@ class PackedJob:
         return shards
 
     def _write_shard(self, field: str, rows: range, place: Path, record: Path) -> None:
-        """Write samples `rows` of a field to `place`; their checksums go to `record`, before `place` is there."""
+        """Write samples `rows` of a field to `place`, after their checksums to `record`."""
         checksums = []
         with hashed_aside(place, self.work) as shard:
             shard.write(shard_header(self.manifest, field, len(rows)))
@@ -265,10 +285,15 @@ def write_packed(
     labels: np.ndarray,
     shard_rows: int | None = None,
 ) -> None:
-    """Write a packed dataset without images to folder `dest` from moments that are at hand.
+    """Write packed latents without images from moments in memory.
 
-    `manifest` is from `packed_manifest`, for these `names` and `labels` ((N,) ints). `batches` yields the
-    moments in order, N samples in all, in any portions.
+    Args:
+        dest: folder to make.
+        manifest: from `packed_manifest`, for these `names` and `labels`.
+        batches: the moments of all N samples in order, split in any way.
+        names: of the samples.
+        labels: (N,) ints.
+        shard_rows: samples per shard (default: 2 GiB of them).
     """
     job = PackedJob.begin(dest, manifest, names, labels)
     if job is None:
@@ -276,14 +301,14 @@ def write_packed(
     moments = np.concatenate(list(batches))
     if len(moments) != len(names):
         raise ValueError(f"moments of {len(moments)} samples given for {len(names)} names")
-    for unit in job.left():
+    for unit in job.unwritten_units():
         rows = job.rows_of(unit)
         job.write_unit(unit, moments[rows.start : rows.stop])
     job.finish(shard_rows)
 
 
 def row_type(manifest: dict[str, Any]) -> np.dtype:
-    """One sample in a unit: moments or features of one or two views, and pixels if there are any."""
+    """The type of one sample in a unit: moments or features of one or two views, and pixels if they are stored."""
     views, dtype = 2 if manifest["flip"] else 1, np.dtype(manifest["dtype"])
     if manifest["format"] == FEATURES.format:
         return np.dtype([("features", dtype, (views, manifest["tokens"], manifest["width"]))])
@@ -294,7 +319,7 @@ def row_type(manifest: dict[str, Any]) -> np.dtype:
 
 
 def shard_header(manifest: dict[str, Any], field: str, count: int) -> bytes:
-    """What comes before the rows in a shard of `count` samples."""
+    """The `.npy` header of a shard of `count` samples."""
     field_type = row_type(manifest)[field]
     row_shape = field_type.shape if field == "images" or manifest["flip"] else field_type.shape[1:]
     buffer = io.BytesIO()
@@ -304,7 +329,7 @@ def shard_header(manifest: dict[str, Any], field: str, count: int) -> bytes:
 
 
 def _read_job(dest: Path) -> tuple[dict[str, Any], int]:
-    """Manifest and rows of a unit of the job in `dest`; `UserError` if its file is damaged."""
+    """Manifest and rows per unit of the job in `dest`; `UserError` if its file is damaged."""
     file = dest / "unfinished" / "job.json"
     try:
         job = json.loads(file.read_text(encoding="utf-8"))
@@ -317,15 +342,15 @@ def _read_job(dest: Path) -> tuple[dict[str, Any], int]:
 
 
 def _check_same(wanted: dict[str, Any], found: dict[str, Any], dest: Path, what: str) -> None:
-    """Raise `UserError` if `dest` holds something other than what was asked for."""
-    for key in wanted:
-        if found.get(key) == wanted[key] or (key == "vae" and wanted["vae_sha256"] is not None):
-            continue  # a VAE's path may differ where there is a checksum to decide
-        if key == "source_sha256":
-            raise UserError(
-                f"{dest} holds a {what} that was begun from other images than the source holds now: bring those "
-                "back, or delete it, or change --dest"
-            )
+    """Raise `UserError` unless the manifest `found` in `dest` is the `wanted` one; `what` says if it is complete."""
+    # A VAE's path may differ if there is a checksum of its weights.
+    key = first_difference(wanted, found, () if wanted.get("vae_sha256") is None else ("vae",))
+    if key == "source_sha256":
+        raise UserError(
+            f"{dest} holds a {what} that was begun from other images than the source holds now: bring those back, or "
+            "delete it, or change --dest"
+        )
+    if key is not None:
         raise UserError(
             f"{dest} holds a {what}, but with {key} {str(found.get(key))[:80]}, where this command makes "
             f"{str(wanted[key])[:80]}: delete it or change --dest"

@@ -1,4 +1,4 @@
-"""What there is to convert: the images of a folder, zip or tar, and their classes."""
+"""The images of a folder, zip or tar, and their classes."""
 
 import zipfile
 from itertools import takewhile
@@ -15,30 +15,33 @@ NO_IMAGE = "no image, by its name"
 
 
 class PictureSource(NamedTuple):
-    """The images in `store`, sorted by name, their classes, and what else lies there."""
+    """The images in `store`, sorted by name, their classes, and the other files there."""
 
     store: FileStore | TarStore
     images: list[str]
     labels: list[int]
     class_names: list[str]
-    others: dict[str, str]  # what is no image, sorted by name, and why
+    others: dict[str, str]  # files that are no images, sorted by name, and why
 
 
 def list_pictures(path: Path) -> PictureSource:
     """List the images of a folder, zip or tar with their classes: those of its `dataset.json`, or else its folders.
 
-    A tar, and a folder in which tars lie, is read as `TarStore` says; for the rest see `list_stored`.
+    A tar, or a folder with tars in it, is read by `TarStore`; for the rest see `list_stored`.
     """
     return list_stored(_open(path))
 
 
 def list_stored(store: FileStore | TarStore) -> PictureSource:
-    """List the images of a store with their classes: what `convert` and all that reads its results take for images.
+    """List the images of a store with their classes, for `convert` and for all that reads its results.
 
-    Folders that all images share are no classes: in `train/cat/1.png`, `train/dog/2.png` the classes are cat and dog.
-    Images of one folder only are one class. Hidden and system files and folders are passed over, but for images that
-    `dataset.json` lists. Raises `UserError` if there are no images, an image lies beside the class folders,
-    `dataset.json` and the files disagree, or a folder cannot be read.
+    Folders that all images share are not classes: in `train/cat/1.png`, `train/dog/2.png` the classes are cat and dog.
+    Images of a single folder are one class. Hidden and system files are passed over, except images that
+    `dataset.json` lists.
+
+    Raises:
+        UserError: if there are no images, an image lies beside the class folders, `dataset.json` and the files
+            disagree, or a folder cannot be read.
     """
     files = store.files()
     label_of, class_names = read_labels(store) if LABELS in files else ({}, [])
@@ -51,7 +54,7 @@ def list_stored(store: FileStore | TarStore) -> PictureSource:
         labels = _listed_labels(store, images, label_of)
     else:
         for name, passed_over in files.items():
-            if name.endswith(f"/{LABELS}") and passed_over is None:  # the folders would be taken for classes
+            if name.endswith(f"/{LABELS}") and passed_over is None:  # the folders above it would become classes
                 raise UserError(_inner_labels(store, name))
         labels, class_names = _folder_classes(store.path, images)
     others = sorted(files.keys() - set(images) - {LABELS})
@@ -89,7 +92,7 @@ def _listed_labels(store: FileStore | TarStore, images: list[str], label_of: dic
 
 
 def _folders_of(name: str) -> list[str]:
-    """The folders an image lies in. Some programs unpack a zip of Windows to one folder of files `cat\\0.png`."""
+    """The folders above an image. Some programs unpack a zip from Windows to one folder of files `cat\\0.png`."""
     *folders, file = name.split("/")
     return folders + file.split("\\")[:-1]
 

@@ -1,4 +1,4 @@
-"""From an image of any size to the square one that is trained on."""
+"""Crops: from an image of any size to the square one to train on."""
 
 from collections.abc import Callable
 
@@ -28,8 +28,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _resized(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
-    """Across, then down, as Pillow always did: from version 13 on it does tall images the other way round, and the
-    rounding to whole numbers between the passes makes other pixels of it."""
+    """Resize across, then down, as Pillow did before version 13, which resizes tall images down first: the rounding
+    between the two passes would then give other pixels."""
     return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
 

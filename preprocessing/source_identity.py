@@ -1,4 +1,4 @@
-"""Tells one source of files from another, at the cost of a look at each."""
+"""A checksum that identifies a source of many files without reading all of them."""
 
 import hashlib
 import json
@@ -8,15 +8,17 @@ from tqdm import tqdm
 from preprocessing.convert import REPORT
 from storage.file_store import LABELS, FileStore
 
-SAMPLED = 64  # files read: uncompressed pictures, and latents, are all of one size
+SAMPLED = 64  # files read in full, as sizes alone tell little: uncompressed images, and latents, all have one size
 
 
 def source_sha256(*sources: tuple[FileStore, list[str]]) -> str:
-    """SHA-256 of what tells these files from others, each source a store and its files in use; hexadecimal.
+    """SHA-256, hexadecimal, that identifies the files of sources, each a store and the names in use.
 
     It covers all names and sizes, the content of up to 64 files evenly spaced, and each store's `dataset.json` and
-    `report.json`. A zip and the folder it was made of are the same. Raises `UserError` for files that
-    cannot be read.
+    `report.json`. A zip and the folder it was made of have the same.
+
+    Raises:
+        UserError: for files that cannot be read.
     """
     digest = hashlib.sha256()
     for store, names in sources:

@@ -1,4 +1,4 @@
-"""A reference batch for `evaluate.py` from images: ADM's `.npz` of pixels and, if asked, their Inception statistics."""
+"""A reference batch for `evaluate.py` from images: ADM's `.npz` of pixels, optionally with Inception statistics."""
 
 import zipfile
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from common.files import only_writer, written_aside
 from evaluation.archives import ImageArchive
 from evaluation.features import SPATIAL_DIMENSION, InceptionFeatures
 from evaluation.statistics import FeatureStatistics
-from preprocessing.images import SourceImages, list_images, tell_passed_over
+from preprocessing.images import SourceImages, list_images, report_passed_over
 
 
 def write_reference(
@@ -22,27 +22,33 @@ def write_reference(
     indices: Sequence[int] | None = None,
     extractor: InceptionFeatures | None = None,
 ) -> Path:
-    """Write the images of folder or zip `images_dir` to `npz_path`, one at a time: memory does not grow with them.
+    """Write images to a reference batch for `evaluate.py`, one at a time: memory does not grow with their number.
 
-    `arr_0` is uint8 (N, H, W, 3), `arr_1` int64 (N,) class numbers, both in the order of the images' names,
-    or of `indices` into it. With an `extractor`, also float64 `mu` (2048,) and `sigma` (2048, 2048) of the pool
-    features, `mu_s` (2023,) and `sigma_s` (2023, 2023) of the spatial ones. Opens with `np.load`. The file appears
-    under its name only when complete.
+    `arr_0` is uint8 (N, H, W, 3), `arr_1` int64 (N,) class numbers. With an `extractor` there are also float64 `mu`
+    (2048,) and `sigma` (2048, 2048) of the pool features, `mu_s` (2023,) and `sigma_s` (2023, 2023) of the spatial
+    features. The file appears under its name only when complete.
 
-    Raises `UserError` for a source without images, an unreadable image, images of different size, an index out of
-    range, fewer than two images for statistics, and a destination that cannot be written.
+    Args:
+        images_dir: folder or zip of images.
+        npz_path: file to write.
+        indices: which images to take, in the order of their names (default: all).
+        extractor: computes the statistics.
+
+    Raises:
+        UserError: for a source without images, an unreadable image, images of different sizes, an index out of range,
+            fewer than two images for statistics, and a destination that cannot be written.
     """
     npz_path = Path(npz_path)
     if npz_path.is_dir():
         raise UserError(f"{npz_path} cannot be written (a folder is there): give an .npz file to make as --dest")
     source = list_images(images_dir)
-    tell_passed_over(source.others)
+    report_passed_over(source.others)
     total = len(source.names)
     indices = range(total) if indices is None else indices
     if len(indices) == 0 or not all(0 <= index < total for index in indices):
         raise UserError(f"indices select {len(indices)} of {total} images; expected one or more from 0 to {total - 1}")
     if extractor and len(indices) < 2:
-        raise UserError("statistics of 1 image asked, expected at least 2: select more, or leave out the features")
+        raise UserError("statistics of 1 image requested, expected at least 2: select more, or leave out the features")
     with only_writer(npz_path):
         try:
             with written_aside(npz_path) as aside:
@@ -62,7 +68,7 @@ def inception_statistics(
     pool, spatial = FeatureStatistics(extractor.dimension), FeatureStatistics(SPATIAL_DIMENSION)
     with tqdm(desc="features", total=len(images), unit="img") as bar:
         for batch in images.batches(batch_size):
-            features = extractor(torch.from_numpy(batch.copy()).to(device))  # copied: a view of a file is read-only
+            features = extractor(torch.from_numpy(batch.copy()).to(device))  # a copy, as a view of a file is read-only
             pool.update(features.pool.cpu().numpy())
             spatial.update(features.spatial.cpu().numpy())
             bar.update(len(batch))

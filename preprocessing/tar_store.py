@@ -1,4 +1,4 @@
-"""The files in a tar, and in the tars inside it: ImageNet's is a tar of one tar a class."""
+"""The files in a tar, and in the tars inside it: ImageNet's is a tar of one tar per class."""
 
 import tarfile
 from pathlib import Path
@@ -9,45 +9,46 @@ from storage.file_store import HIDDEN, BadFile, FileStore, is_hidden, plain_name
 
 
 class _Part(NamedTuple):
-    """Where a file lies."""
+    """The bytes of a tar that hold a file."""
 
     tar: Path
     first: int  # byte
     size: int
 
 
-_Parts = dict[str, _Part | None]  # by name; None for a link or device, which holds no bytes of its own
+_Parts = dict[str, _Part | None]  # by name; None for a link or device, which has no content
 
 
 class TarStore:
-    """The files of tar `path`, by their names inside it; nothing is unpacked.
+    """The files of tar `path`, or of a folder of tars, by their names inside; nothing is unpacked.
 
-    A tar inside stands for a folder of its name (`n01440764.tar` for `n01440764/`). So it does if `path` is a folder
-    in which tars lie. A tar whose `dataset.json` lies with all else in one folder is read as that folder's tar would
-    be. All is listed once, at the start; then it may be read from many processes.
+    A tar inside stands for a folder of its name (`n01440764.tar` for `n01440764/`). If all of a tar, `dataset.json`
+    included, lies in one folder, names are those inside that folder. The constructor lists all files; then several
+    processes may read.
 
-    Raises `UserError` for a tar that is compressed or damaged, and if two files go by one name.
+    Raises:
+        UserError: for a tar that is compressed or damaged, and if two files have one name.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._folder = FileStore(path) if self.path.is_dir() else None
         if self._folder is None:
-            parts = _listed(self.path)
+            parts = _list_tar(self.path)
             top = top_folder(parts)
-            self._parts, self._beside = {name.removeprefix(top): part for name, part in parts.items()}, {}
+            self._parts, self._loose_files = {name.removeprefix(top): part for name, part in parts.items()}, {}
             return
-        self._parts, self._beside = {}, self._folder.files()
-        tars = sorted(name for name, passed_over in self._beside.items() if is_tar(name) and passed_over is None)
+        self._parts, self._loose_files = {}, self._folder.files()
+        tars = sorted(name for name, passed_over in self._loose_files.items() if is_tar(name) and passed_over is None)
         for name in tars:
-            del self._beside[name]
-            _merge(self._parts, _listed(self.path / name), name[: -len(".tar")], self.path)
-        for name in self._parts.keys() & self._beside:
+            del self._loose_files[name]
+            _merge(self._parts, _list_tar(self.path / name), name[: -len(".tar")], self.path)
+        for name in self._parts.keys() & self._loose_files:
             raise UserError(f"{self.path}: a tar and a folder both have a file {name}: rename one of them")
 
     def files(self) -> dict[str, str | None]:
-        """All files by name, in no particular order, and why one is passed over, None if it is not."""
-        return {name: HIDDEN if is_hidden(name) else None for name in self._parts} | self._beside
+        """All files, in no particular order: name -> why the file is passed over, None if it is used."""
+        return {name: HIDDEN if is_hidden(name) else None for name in self._parts} | self._loose_files
 
     def names(self) -> list[str]:
         """All files that are not passed over, in no particular order."""
@@ -55,11 +56,11 @@ class TarStore:
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name."""
-        return name in self._parts or name in self._beside
+        return name in self._parts or name in self._loose_files
 
     def read(self, name: str) -> bytes:
-        """The content of one file; `UserError` names it if it cannot be read, and as `BadFile` if it is a link."""
-        if name in self._beside:
+        """The content of one file; `UserError` if it cannot be read, `BadFile` if it is a link or device."""
+        if name in self._loose_files:
             return self._folder.read(name)
         part = self._parts[name]
         if part is None:
@@ -80,21 +81,21 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
-def _listed(place: Path) -> _Parts:
+def _list_tar(place: Path) -> _Parts:
     try:
         with place.open("rb") as file:
-            return _walked(file, place, place, 0)
+            return _list_members(file, place, place, 0)
     except OSError as error:
         raise UserError(f"{place} cannot be read ({error.strerror or error}): copy it again") from error
 
 
-def _walked(file: BinaryIO, place: Path, label: Path, first: int) -> _Parts:
+def _list_members(file: BinaryIO, place: Path, label: Path, first: int) -> _Parts:
     """The files of the tar in `file`, which begins at byte `first` of tar `place` and is called `label` in errors."""
     parts, inner = {}, {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while member := tar.next():
-                tar.members.clear()  # it would keep the headers of a million files
+                tar.members.clear()  # else it keeps the headers of a million files
                 name = plain_name(member.name)
                 if member.islnk():
                     parts[name] = parts.get(plain_name(member.linkname))
@@ -104,7 +105,7 @@ def _walked(file: BinaryIO, place: Path, label: Path, first: int) -> _Parts:
                     parts[name] = None
                 elif is_tar(name) and not is_hidden(name):
                     inside = tar.extractfile(member)
-                    inner[name[: -len(".tar")]] = _walked(inside, place, label / name, first + member.offset_data)
+                    inner[name[: -len(".tar")]] = _list_members(inside, place, label / name, first + member.offset_data)
                 else:
                     parts[name] = _Part(place, first + member.offset_data, member.size)
             file.seek(tar.offset)

@@ -1,4 +1,4 @@
-"""What a dataset is, and whether it is still what was written."""
+"""Describe a dataset, and check that it is as it was written."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ from preprocessing.packed_writer import LAYOUTS, row_type, shard_header
 from storage.features import FEATURES, PackedFeatures
 from storage.file_store import UnreadableFolder
 from storage.official import FileLatents
-from storage.packed import LATENTS, MANIFEST, read_manifest
+from storage.packed import LATENTS, manifest_format, read_manifest
 
 CHUNK_BYTES = 2**22
 
 
 def info(path: str | Path) -> str:
-    """Say in a few lines what the dataset at `path` is: packed latents or features, one latent file an image, or
-    images."""
-    if _format(path) == FEATURES.format:
+    """A description, in a few lines, of the dataset at `path`: packed latents or features, latents of one file per
+    image, or images."""
+    if manifest_format(path) == FEATURES.format:
         return _features_info(PackedFeatures(path))
     try:
         data = open_latents(path)
@@ -80,14 +80,6 @@ def _on_disk(folder: Path, shards: int) -> str:
     return f"on disk         {size / 2**20:.1f} MiB in {shards} shard(s)"
 
 
-def _format(path: str | Path) -> str | None:
-    """What the manifest in a folder calls itself; None if there is none."""
-    try:
-        return json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _counts(counts: np.ndarray) -> list[str]:
     return [
         f"samples         {counts.sum()}",
@@ -96,15 +88,18 @@ def _counts(counts: np.ndarray) -> list[str]:
 
 
 def verify(path: str | Path, num_workers: int = 2) -> None:
-    """Read the whole dataset at `path` again, in `num_workers` threads, and compare it with its checksums.
+    """Read the whole dataset at `path`, in `num_workers` threads, and compare it with its checksums.
 
-    Prints one line for each sample or file that is damaged, then raises `UserError` with the first and their number.
-    Latents of one file an image have no checksums: there every file has to hold finite moments of the same form.
+    Prints one line per damaged sample or file. Latents of one file per image have no checksums: there every file has
+    to hold finite moments of the same shape and type.
+
+    Raises:
+        UserError: if anything is damaged, naming the first and the number of others.
     """
     path = Path(path)
     try:
-        manifest, files = read_manifest(path, LAYOUTS.get(_format(path), LATENTS)), None
-    except UserError:  # unless it is of one file an image, this says the same again
+        manifest, files = read_manifest(path, LAYOUTS.get(manifest_format(path), LATENTS)), None
+    except UserError:  # raises the same again, unless it is one file per image
         manifest, files = None, open_latents(path)
     damaged = _damage_of_files(files, num_workers) if files else _damage_of_packed(path, manifest, num_workers)
     for line in damaged:
@@ -136,7 +131,7 @@ def _damage_of_packed(path: Path, manifest: dict[str, Any], num_workers: int) ->
         f"{entry['file']} is damaged" for entry in small if _sha256(path / Path(entry["file"]).name) != entry["sha256"]
     ]
     if damaged:
-        return damaged  # the samples of the shards could not be named
+        return damaged  # without these files the samples have no names
     names = json.loads((path / "names.json").read_text(encoding="utf-8"))
     checksums = np.load(path / "checksums.npy", allow_pickle=False)
     shards = []
@@ -163,7 +158,7 @@ def _damage_of_shard(
     names: list[str],
     bar: tqdm,
 ) -> list[str]:
-    """What is wrong with one shard: a line for each sample, or one for what concerns no single sample."""
+    """The damage of one shard: a line per sample, or one line if it is not in the samples."""
     place, digest, damaged = path / Path(shard["file"]).name, hashlib.sha256(), []
     header_bytes, row_bytes = len(shard_header(manifest, field, len(names))), row_type(manifest)[field].itemsize
     try:
@@ -186,7 +181,7 @@ def _damage_of_shard(
 
 
 def _has_negative_std(content: bytes, manifest: dict[str, Any]) -> bool:
-    """Whether a stored row cannot be mean and std, of one view or two: latents already drawn were packed as moments."""
+    """Whether a stored row cannot be mean and std, of one view or two: sampled latents were packed as moments."""
     channels, *size = manifest["latent_shape"]
     moments = np.frombuffer(content, manifest["dtype"]).reshape(-1, channels, *size)
     return bool((moments[:, channels // 2 :] < 0).any())

@@ -1,7 +1,7 @@
-"""Work in other processes, that do not outlive the command they work for and whose end is one line.
+"""Work in other processes, which end with their command and whose failure is one line.
 
-Results travel as bytes through ordinary pipes. Shared memory is 64 MB in a usual container, and the name of a socket
-has 108 bytes at most, wherever `TMPDIR` points: with either, what a worker cannot send is waited for in vain.
+Results travel as bytes through pipes. Shared memory (64 MB in a usual container) and sockets (names of 108 bytes at
+most, whatever `TMPDIR` is) can fail to send a result, for which the parent would wait for ever.
 """
 
 import multiprocessing
@@ -20,8 +20,8 @@ import numpy as np
 from common.errors import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-AHEAD = 2  # items that each worker has been given and whose results are not taken
-# Forked workers have all modules loaded; elsewhere than on Linux libraries do not survive it.
+ITEMS_PER_WORKER = 2  # given to it ahead, their results not taken yet
+# Forked workers have all modules loaded; outside Linux, system libraries do not survive a fork.
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
@@ -29,20 +29,27 @@ CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "sp
 def worker_results(
     work: Callable[[Item], Result], items: Sequence[Item], num_workers: int
 ) -> Iterator[Iterator[Result]]:
-    """`work(item)` of each item in order, made by `num_workers` processes that end when the `with` is left.
+    """Do work in processes that end with the `with` block.
 
-    A result that is an exception is raised. With no workers the work is done here.
+    Args:
+        work: item -> result; an exception that it returns is raised here.
+        items: to work on.
+        num_workers: processes (0: the work is done in this one).
 
-    Raises `UserError` if a worker is killed or cannot be started, or fails otherwise than by returning an exception.
+    Yields:
+        an iterator of the results, in the order of the items.
+
+    Raises:
+        UserError: if a worker cannot be started, is killed, or raises an exception.
     """
     if num_workers == 0:
-        yield map(_raised, map(work, items))
+        yield map(_raise_if_error, map(work, items))
         return
     workers: list[_Worker] = []
     try:
         for _ in range(min(num_workers, len(items))):
             workers.append(_Worker(work, items))
-        yield _in_order(workers, len(items))
+        yield _results_in_order(workers, len(items))
         for worker in workers:  # killed while the caller was busy
             worker.check_alive()
     finally:
@@ -51,40 +58,41 @@ def worker_results(
 
 
 class _Worker:
-    """A process that is given the numbers of items, and sends their results in the same order.
+    """A process that receives the numbers of items and sends their results in the same order.
 
-    Raises `UserError` if the system has no process or pipe left.
+    Raises:
+        UserError: if the system has no process or pipe left.
     """
 
     def __init__(self, work: Callable[[Item], Result], items: Sequence[Item]) -> None:
         try:
             numbers, self._numbers = CONTEXT.Pipe(duplex=False)
             self._results, results = CONTEXT.Pipe(duplex=False)
-            self._process = CONTEXT.Process(target=_serve, args=(work, items, numbers, results), daemon=True)
+            self._process = CONTEXT.Process(target=_worker_main, args=(work, items, numbers, results), daemon=True)
             self._process.start()
         except OSError as error:
             raise UserError(f"cannot start a worker ({error.strerror or error}): give fewer --num-workers") from error
-        numbers.close()  # the worker's ends alone are open now: when it dies, the pipes end
+        numbers.close()  # only the worker has its ends open now: its death closes the pipes
         results.close()
 
     def give(self, number: int) -> None:
         try:
             self._numbers.send_bytes(number.to_bytes(8, "little"))
         except OSError:
-            self._died()
+            self._raise_stopped()
 
     def take(self) -> Any:
-        """The next result, waited for."""
+        """Wait for the next result."""
         try:
             return _receive(self._results)
         except (EOFError, OSError):
-            self._died()
+            self._raise_stopped()
 
     def check_alive(self) -> None:
         if self._process.exitcode:
-            self._died()
+            self._raise_stopped()
 
-    def _died(self) -> None:
+    def _raise_stopped(self) -> None:
         self._process.join()
         code = self._process.exitcode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -100,31 +108,33 @@ class _Worker:
         self._results.close()
 
 
-def _in_order(workers: list[_Worker], count: int) -> Iterator[Any]:
-    """The results of items 0 to `count`, of which worker w makes every one that is w modulo the number of workers."""
-    for number in range(min(AHEAD * len(workers), count)):
+def _results_in_order(workers: list[_Worker], count: int) -> Iterator[Any]:
+    """The results of items 0 to `count` - 1 in order; item i is done by worker i modulo the number of workers."""
+    for number in range(min(ITEMS_PER_WORKER * len(workers), count)):
         workers[number % len(workers)].give(number)
     for number in range(count):
         worker = workers[number % len(workers)]
         result = worker.take()
-        if number + AHEAD * len(workers) < count:
-            worker.give(number + AHEAD * len(workers))
-        yield _raised(result)
+        if number + ITEMS_PER_WORKER * len(workers) < count:
+            worker.give(number + ITEMS_PER_WORKER * len(workers))
+        yield _raise_if_error(result)
 
 
-def _raised(result: Any) -> Any:
+def _raise_if_error(result: Any) -> Any:
     if isinstance(result, Exception):
         raise result
     return result
 
 
-def _serve(work: Callable[[Item], Result], items: Sequence[Item], numbers: Connection, results: Connection) -> None:
-    """What a worker does: the results of the items whose numbers come, until no more do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+def _worker_main(
+    work: Callable[[Item], Result], items: Sequence[Item], numbers: Connection, results: Connection
+) -> None:
+    """Main function of a worker: send the results of the items whose numbers it receives, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         _end_with_parent()
-    except RuntimeError:  # no memory for a thread, of which the parent tells
+    except RuntimeError:  # no memory for a thread; the parent reports it
         os._exit(1)
     while True:
         try:
@@ -133,7 +143,7 @@ def _serve(work: Callable[[Item], Result], items: Sequence[Item], numbers: Conne
             return
         try:
             content = _pickled(work(items[number]))
-        except Exception as error:  # a bug, or no memory: its traceback would be lost among those of other workers
+        except Exception as error:  # a bug, or no memory: one line instead of many workers' tracebacks
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             failure = UserError(f"a worker failed ({reason}): give the same command again, with fewer --num-workers")
             content = _pickled(failure)
@@ -141,7 +151,7 @@ def _serve(work: Callable[[Item], Result], items: Sequence[Item], numbers: Conne
 
 
 def _pickled(result: Any) -> tuple[bytes, list[memoryview]]:
-    """A result without the bytes of its arrays, and these, not copied."""
+    """A pickled result without the bytes of its arrays, and views of these bytes."""
     arrays: list[pickle.PickleBuffer] = []
     content = pickle.dumps(result, 5, buffer_callback=arrays.append)
     return content, [array.raw() for array in arrays]
@@ -155,7 +165,7 @@ def _send(pipe: Connection, content: bytes, arrays: list[memoryview]) -> None:
 
 
 def _receive(pipe: Connection) -> Any:
-    """What `_send` sent, its arrays read straight to where they stay: the caller's time is what a command waits for."""
+    """What `_send` sent; arrays are read without a copy, as the parent's time limits the command."""
     content, sizes = pipe.recv()
     arrays = [np.empty(size, np.uint8) for size in sizes]
     for array in arrays:
@@ -169,9 +179,9 @@ def _receive(pipe: Connection) -> Any:
 
 
 def _end_with_parent() -> None:
-    """Have this process end at once when its parent does, even if that is killed.
+    """Let this process end as soon as its parent does, even by a kill.
 
-    Left to themselves workers go on for seconds, keep the lock of the destination, and write into it.
+    Otherwise workers live on for seconds, keep the lock of the destination and write into it.
     """
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

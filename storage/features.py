@@ -1,4 +1,4 @@
-"""Features of an SSL encoder, computed once and packed: with them training needs neither images nor encoder.
+"""Packed features of an SSL encoder, computed once: training then needs neither images nor encoder.
 
 A folder written by `dataset_tools encode-ssl`, in the form of packed latents (see `storage/packed.py`):
 
@@ -32,9 +32,14 @@ FEATURES = Layout("deepflow-packed-features", 1, FIELDS, "encode-ssl", "features
 class PackedFeatures(PackedFolder):
     """The packed features in folder `path`; its shards are memory-mapped, never read as a whole.
 
-    Attributes: `manifest` (dict), `encoder` (its name), `tokens` (T), `width` (z), `has_flips`, `names`.
+    Attributes:
+        manifest: the content of `dataset.json`.
+        encoder: its name.
+        tokens, width: T and z.
+        has_flips: whether there are features of the mirror images too.
 
-    Raises `UserError` as `PackedLatents` does.
+    Raises:
+        UserError: as `PackedLatents` does.
     """
 
     layout = FEATURES
@@ -46,24 +51,37 @@ class PackedFeatures(PackedFolder):
         self.width: int = self.manifest["width"]
         row = (self.tokens, self.width)
         shards = self._open_shards("shards", (2, *row) if self.has_flips else row, np.dtype(self.manifest["dtype"]))
-        self._features = MappedRows(shards, row)  # with flips, two rows a sample
+        self._features = MappedRows(shards, row)  # with flips, two rows per sample
 
     def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
-        """Features (B, T, z) in their stored dtype of samples `indices` (B,).
+        """Features of samples.
 
-        Where `mirrored` ((B,) bool) is true, of the mirror image. Raises `IndexError` for an index outside [0, N),
-        `ValueError` for mirror images whose features the dataset does not have.
+        Args:
+            indices: (B,) ints.
+            mirrored: (B,) bool: of which samples to take the mirror image.
+
+        Returns:
+            (B, T, z) in their stored dtype.
+
+        Raises:
+            IndexError: for an index outside [0, N).
+            ValueError: for mirror images that the dataset lacks.
         """
         return self._features.gather(self._views(checked_indices(indices, len(self)), mirrored))
 
     def check_belongs(self, data: PackedLatents | FileLatents, tokens: int) -> None:
-        """Raise `UserError` unless these are the features of the images that `data` are the latents of, in its order.
+        """Check that these features and the latents `data` are of the same images, in the same order.
 
-        `tokens` is the number T that the network has. Images and latents belong together by name, see `pairing_name`.
+        Args:
+            data: the latents; images and latents are paired by name, see `pairing_name`.
+            tokens: the number T of the network.
+
+        Raises:
+            UserError: if they are not.
         """
         if self.tokens != tokens:
             raise UserError(
-                f"{self.path} holds {self.tokens} tokens an image, the network has {tokens}: encode with --tokens "
+                f"{self.path} holds {self.tokens} tokens per image, the network has {tokens}: encode with --tokens "
                 f"{round(tokens**0.5)}, or change --model"
             )
         if self.manifest["resolution"] != data.manifest["resolution"]:

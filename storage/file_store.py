@@ -1,4 +1,4 @@
-"""Folders and zips of one file a sample with labels in a `dataset.json`: images, and the official release's latents."""
+"""Folders and zips of one file per sample, with labels in `dataset.json`: images, or the official release's latents."""
 
 import errno
 import io
@@ -15,13 +15,13 @@ from posixpath import normpath, splitext
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from storage.image_files import IMAGE_SUFFIXES, read_rgb
 
 LABELS = "dataset.json"
-MAX_CLASSES = 2**20  # far above any dataset's; a damaged label would have names made for all below it
+MAX_CLASSES = 2**20  # far above any dataset's: a damaged label must not make names for billions of classes
 
-SYSTEM_NAMES = {  # in lower case; what begins with a dot is hidden anyway, such as .DS_Store or .ipynb_checkpoints
+SYSTEM_NAMES = {  # in lower case; names that begin with a dot are hidden anyway
     "#recycle",
     "#snapshot",
     "$recycle.bin",
@@ -41,9 +41,9 @@ SYSTEM_NAMES = {  # in lower case; what begins with a dot is hidden anyway, such
     "thumbs.db",
 }
 HIDDEN = "a hidden or system file"  # why a file is passed over
-SPECIAL = "a pipe, socket or device"  # reading it might wait for ever
+SPECIAL = "a pipe, socket or device"  # reading it may block for ever
 
-DAMAGE = (  # all that reading a zip raises for bytes that are not what they were, or that it cannot take
+DAMAGE = (  # what reading a zip raises for damaged bytes, or for a kind of zip that it cannot read
     OSError,
     zipfile.BadZipFile,
     RuntimeError,
@@ -56,25 +56,25 @@ DAMAGE = (  # all that reading a zip raises for bytes that are not what they wer
 
 
 class BadFile(UserError):
-    """One file has no usable content, however often it is read; the others beside it may be whole."""
+    """The content of one file is unusable and stays so; other files may be intact."""
 
 
 class UnreadableFolder(UserError):
-    """The system does not say what a folder holds: what is there would be lost without a word."""
+    """A folder cannot be listed: its files would be left out silently."""
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder, or one of the folders it lies in, is hidden or of an operating system."""
+    """Whether a file or folder, or a folder above it, is hidden or belongs to an operating system."""
     return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in name.replace("\\", "/").split("/"))
 
 
 def plain_name(name: str) -> str:
-    """The name of an archive's entry with forward slashes, whoever wrote it: `data\\cat/0.png` is `data/cat/0.png`."""
+    """The name of an archive's entry with forward slashes: `data\\cat/0.png`, from Windows, is `data/cat/0.png`."""
     return normpath(name.replace("\\", "/")).lstrip("/")
 
 
 def top_folder(names: Iterable[str]) -> str:
-    """The folder, such as `vae-sd/`, in which `dataset.json` and all but hidden files lie; `""` if there is none."""
+    """The folder, such as `vae-sd/`, that holds `dataset.json` and all files but hidden ones; `""` if there is none."""
     names = list(names)
     tops = [name.removesuffix(LABELS) for name in names if name.endswith(f"/{LABELS}") and not is_hidden(name)]
     top = min(tops, key=len, default="")
@@ -82,26 +82,26 @@ def top_folder(names: Iterable[str]) -> str:
 
 
 class FileStore:
-    """The files of folder `path`, or of zip file `path`, by their names inside it (with forward slashes).
+    """The files of folder or zip file `path`, by their names inside it (with forward slashes).
 
-    A zip whose `dataset.json` lies with all else in one folder is read as that folder's zip would be. May be used from
-    many threads, and from processes forked or sent it: each opens the zip for itself.
+    If all of a zip, `dataset.json` included, lies in one folder, names are those inside that folder. Threads may share
+    a store; a process that inherits or unpickles it opens the zip again.
 
-    Raises `UserError` if there is nothing at `path`, or it is no folder and no zip file, or a zip with two files of
-    one name.
+    Raises:
+        UserError: if `path` does not exist, is neither a folder nor a zip file, or is a zip with two files of one name.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._archive: tuple[int, zipfile.ZipFile, dict[str, zipfile.ZipInfo]] | None = (
-            None  # of the process of this id
+            None  # with the id of the process that opened it
         )
         if not self.path.exists():
             raise UserError(f"no folder or zip file {self.path}: give another path")
         if not self.path.is_dir():
-            self._opened()
+            self._open_zip()
 
-    def _opened(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+    def _open_zip(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
         """The zip, opened by this process, and its files by name."""
         if self._archive is None or self._archive[0] != os.getpid():
             try:
@@ -110,21 +110,23 @@ class FileStore:
                 raise UserError(
                     f"{self.path} is no folder and no readable zip file ({error}): copy it again"
                 ) from error
-            self._archive = os.getpid(), archive, _members(archive, self.path)
+            self._archive = os.getpid(), archive, _zip_members(archive, self.path)
         return self._archive[1:]
 
     def __reduce__(self) -> tuple:
         return FileStore, (self.path,)
 
     def files(self) -> dict[str, str | None]:
-        """All files by name, in no particular order, and why one is passed over, None if it is not.
+        """All files, in no particular order: name -> why the file is passed over, None if it is used.
 
-        A folder is walked, which takes a while for millions of files. Raises `UserError` for a folder that cannot be
-        read.
+        A folder is walked, which takes a while for millions of files.
+
+        Raises:
+            UserError: for a folder that cannot be read.
         """
         if self.path.is_dir():
-            return _walked(self.path)
-        return {name: HIDDEN if is_hidden(name) else None for name in self._opened()[1]}
+            return _walk_folder(self.path)
+        return {name: HIDDEN if is_hidden(name) else None for name in self._open_zip()[1]}
 
     def names(self) -> list[str]:
         """All files that are not passed over, in no particular order."""
@@ -134,12 +136,12 @@ class FileStore:
         """Whether there is a file of that name."""
         if self.path.is_dir():
             return (self.path / name).is_file()
-        return name in self._opened()[1]
+        return name in self._open_zip()[1]
 
     def size(self, name: str) -> int | None:
-        """Bytes of one file, None if it is not there; `UserError` if the system does not say."""
+        """Size of one file in bytes, None if there is no such file; `UserError` if the system cannot tell."""
         if not self.path.is_dir():
-            member = self._opened()[1].get(name)
+            member = self._open_zip()[1].get(name)
             return None if member is None else member.file_size
         try:
             return (self.path / name).stat().st_size
@@ -150,14 +152,18 @@ class FileStore:
             raise UserError(f"{place} cannot be read ({error.strerror or error}): make it readable") from error
 
     def read(self, name: str) -> bytes:
-        """The content of one file; `UserError` names it if it is missing, unreadable or outside the store, and as
-        `BadFile` if it is damaged within the zip, encrypted, or compressed in an unknown way."""
+        """The content of one file.
+
+        Raises:
+            BadFile: if it is damaged inside the zip, encrypted, or compressed in an unknown way.
+            UserError: if it is missing, unreadable or outside the store.
+        """
         try:
             if not self.path.is_dir():
-                archive, members = self._opened()
+                archive, members = self._open_zip()
                 return archive.read(members[name])
             if ".." in Path(name).parts or Path(name).is_absolute():
-                raise UserError(f"{self.path} lists {name}, which lies outside it: correct its {LABELS}")
+                raise UserError(f"{self.path} lists {name}, which is outside it: correct its {LABELS}")
             return (self.path / name).read_bytes()
         except UserError:
             raise
@@ -165,14 +171,14 @@ class FileStore:
             raise UserError(f"{self.path / name} cannot be read ({error.strerror}): make it readable") from error
         except (KeyError, *DAMAGE) as error:
             problem = "is missing" if isinstance(error, KeyError | FileNotFoundError) else f"is damaged ({error})"
-            of_system = isinstance(error, KeyError) or getattr(error, "errno", None)  # a decompressor gives no number
+            of_system = isinstance(error, KeyError) or getattr(error, "errno", None)  # decompressors set none
             raise (UserError if of_system else BadFile)(
                 f"{self.path / name} {problem}: copy it again, or take it out of {LABELS}"
             ) from error
 
 
-def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The files of a zip by their plain names; of two entries of one name the later counts, as for every unpacker."""
+def _zip_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The files of a zip by their plain names; a later entry replaces an earlier one of its name, as in unpackers."""
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         if info.filename.endswith(("/", "\\")):
@@ -185,9 +191,9 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
     return {name.removeprefix(top): info for name, info in members.items()}
 
 
-def _walked(root: Path) -> dict[str, str | None]:
-    """The files below a folder as `FileStore.files` gives them. Each real folder is read once, links to folders being
-    followed after all else (ImageNet is often a tree of links); other links to it are passed over."""
+def _walk_folder(root: Path) -> dict[str, str | None]:
+    """The files below a folder as `FileStore.files` returns them. Links to folders are followed last (ImageNet is often
+    a tree of links), and each real folder is read once: further links to it are passed over."""
     found: dict[str, str | None] = {}
     folders, links, seen = [("", os.path.realpath(root), False)], [], set()
     while folders or links:
@@ -219,8 +225,8 @@ def _walked(root: Path) -> dict[str, str | None]:
 
 
 def _kind_of(entry: os.DirEntry, root: Path, name: str, real: str, hidden: bool) -> tuple[str | None, str]:
-    """Whether an entry of folder `real`, `root / name`, is a "folder" or a "link" to one, and its real path; else None
-    for a file, or why it is passed over. Raises `UserError` if the system does not say, for what is not hidden."""
+    """Kind and path of an entry of folder `real`, `root / name`: "folder", "link" to one (with its real path), None
+    for a file, or why it is passed over. Raises `UserError` if the system cannot tell, unless the entry is hidden."""
     try:
         if not entry.is_symlink():
             return ("folder" if entry.is_dir() else None if entry.is_file() else SPECIAL), entry.path
@@ -229,7 +235,11 @@ def _kind_of(entry: os.DirEntry, root: Path, name: str, real: str, hidden: bool)
         if not entry.is_dir():
             return (None if stat.S_ISREG(entry.stat().st_mode) else SPECIAL), entry.path
     except FileNotFoundError:
-        if splitext(name)[1].lower() in ("", ".tar", *IMAGE_SUFFIXES):  # without a suffix most likely a class
+        if splitext(name)[1].lower() in (
+            "",
+            ".tar",
+            *IMAGE_SUFFIXES,
+        ):  # without a suffix most likely a class folder
             raise UserError(f"{root / name} is a link to nothing: mend it, or remove it") from None
         return "a link to nothing", entry.path
     except OSError as error:
@@ -238,7 +248,7 @@ def _kind_of(entry: os.DirEntry, root: Path, name: str, real: str, hidden: bool)
         return "a link to itself" if error.errno == errno.ELOOP else HIDDEN, entry.path
     target = os.path.realpath(entry.path)
     if os.path.commonpath([target, real]) == target:
-        return "a link to a folder that it lies in", target
+        return "a link to a folder above it", target
     return "link", target
 
 
@@ -247,10 +257,16 @@ def _unreadable(place: Path, error: OSError) -> UnreadableFolder:
 
 
 def read_labels(store: FileStore) -> tuple[dict[str, int], list[str]]:
-    """Label by file name, and class names, of the `dataset.json` of an image or latent folder or zip.
+    """Read the `dataset.json` of a folder or zip of images or latents.
 
-    It reads {"labels": [["a/b.png", 3], ...]}, as REPA's tool writes it; "class_names": [...] is optional, by
-    default the numbers. Raises `UserError` for anything else.
+    It holds {"labels": [["a/b.png", 3], ...]}, as REPA's tool writes it, and optionally "class_names": [...] (default:
+    the numbers).
+
+    Returns:
+        label by file name, and class names.
+
+    Raises:
+        UserError: for anything else.
     """
     place = store.path / LABELS
     if not store.has(LABELS):
@@ -296,22 +312,39 @@ def _remedy_of_missing_labels(store: FileStore) -> str:
 
 
 def load_npy(source: Path | io.BytesIO, remedy: str, place: Path | None = None) -> np.ndarray:
-    """An array from a `.npy` file, memory-mapped, or from the content of the file `place`; nothing is executed.
+    """Read an array from an `.npy` file; nothing is unpickled.
 
-    Raises `UserError`, which ends with `remedy`, if it is missing or damaged.
+    Args:
+        source: a file, which is memory-mapped, or the content of the file `place`.
+        remedy: ends the message of an error.
+        place: names the file in messages, where `source` is its content.
+
+    Raises:
+        UserError: if the file is missing or damaged.
     """
     try:
         return np.load(source, mmap_mode=None if place else "r", allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{source} is missing: {remedy}") from error
-    except Exception as error:  # the parser of a damaged header stumbles in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{place or source} is damaged ({reason}): {remedy}") from error
+    except Exception as error:  # parsing a damaged header fails in many ways
+        raise UserError(f"{place or source} is damaged ({first_line(error)}): {remedy}") from error
 
 
-def read_image(store: FileStore, name: str) -> np.ndarray:
-    """The image `name` of a store, upright, as (H, W, 3) uint8; `UserError` if it is unreadable or neither RGB nor
-    greyscale."""
+def read_image(store: FileStore, name: str, side: int | None = None, mismatch: str = "") -> np.ndarray:
+    """Read one image of a store, upright.
+
+    Args:
+        store: where the image is.
+        name: of its file.
+        side: the width and height that it must have, in pixels (default: any).
+        mismatch: ends the message about another size.
+
+    Returns:
+        its pixels, (H, W, 3) uint8.
+
+    Raises:
+        UserError: if it is unreadable, neither RGB nor greyscale, or of another size.
+    """
     from PIL import Image, UnidentifiedImageError
 
     content, place = store.read(name), store.path / name
@@ -323,4 +356,6 @@ def read_image(store: FileStore, name: str) -> np.ndarray:
     mode = kind.split()[0]
     if mode not in ("RGB", "L"):
         raise UserError(f"{place} is in mode {mode}, expected RGB: run dataset_tools convert first")
+    if side is not None and image.size != (side, side):
+        raise UserError(f"{place} is {image.width} x {image.height} pixels, {mismatch}")
     return np.array(image)

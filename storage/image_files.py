@@ -1,4 +1,4 @@
-"""Image files of any kind -> upright 8-bit RGB: the one decoder of all that reads images."""
+"""Image files of any kind -> upright 8-bit RGB: the decoder of all that reads images."""
 
 import io
 import warnings
@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image, ImageFile
 
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # decoded within Pillow: no outside program is run
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # decoded inside Pillow, without other programs
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation -> the transposition that undoes it; 1 is upright
@@ -25,15 +25,22 @@ UPRIGHT = {  # EXIF orientation -> the transposition that undoes it; 1 is uprigh
 
 
 def read_rgb(content: bytes) -> tuple["Image.Image", str]:
-    """Decode an image file to 8-bit RGB, and say what it was: "RGB", "CMYK", "P", "RGB rotated", ...
+    """Decode an image file to 8-bit RGB.
 
-    Rotation by EXIF is undone, 16 bits are scaled to 8, transparency is laid on white, of several frames the
-    first is taken. Raises whatever Pillow raises for a damaged file, and `ValueError` for pixels of no known range.
+    EXIF rotation is applied, 16 bits are scaled to 8, transparent pixels get a white background, and of several frames
+    the first is taken.
+
+    Returns:
+        the image, and the kind of the file: "RGB", "CMYK", "P", "RGB rotated", ...
+
+    Raises:
+        ValueError: for pixels of unknown range.
+        Exception: whatever Pillow raises for a damaged file.
     """
-    from PIL import Image  # training on packed latents does without
+    from PIL import Image  # not needed to train on packed latents
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow only warns of is read all the same
+        warnings.simplefilter("ignore")  # files that Pillow only warns of are read
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             image.load()
             kind, turn = image.mode, UPRIGHT.get(_orientation(image))
@@ -42,7 +49,7 @@ def read_rgb(content: bytes) -> tuple["Image.Image", str]:
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of what `read_rgb` makes of a file, by its header alone. Raises whatever Pillow raises."""
+    """(height, width) of the image that `read_rgb` returns, from the header alone. Raises whatever Pillow raises."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -55,7 +62,7 @@ def upright_size(path: Path) -> tuple[int, int]:
 def _orientation(image: "ImageFile.ImageFile") -> int:
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # damaged EXIF fails in many ways; the pixels are good all the same
+    except Exception:  # damaged EXIF fails in many ways, but the pixels are good
         return 1
 
 

@@ -14,35 +14,40 @@ from common.errors import UserError
 from common.sd_vae import SD_CHANNELS, SD_REDUCTION, SD_SCALING_FACTOR, SD_VAE
 from storage.file_store import LABELS, FileStore, load_npy, read_image, read_labels
 from storage.image_files import IMAGE_SUFFIXES
+from storage.packed import FILES
 
 # The layout of the official release records no VAE: it is the SD-VAE's, whatever wrote it.
 MOMENTS = 2 * SD_CHANNELS  # channels of a file: mean and std, stacked
 
 
 def pairing_name(name: str) -> str:
-    """What a latent file and its image have in common: the path without suffix, and without the `-mean-std-` that
-    REPA's tool puts in the name of latents ("00000/img-mean-std-00000042.npy" is of "00000/img00000042.png")."""
+    """The part of its path that a latent file shares with its image: without suffix, and without the `-mean-std-` that
+    REPA's tool adds ("00000/img-mean-std-00000042.npy" belongs to "00000/img00000042.png")."""
     return splitext(name)[0].replace("img-mean-std-", "img")
 
 
 def image_folder(latents: Iterable[str], images: Iterable[str]) -> str:
-    """The folder, such as `images/`, below which images have the names of their latents; `""` if they have them as they
-    are, or not at all. Zips often have one folder at their top."""
+    """The folder, such as `images/`, below which images have the names of their latents (zips often have one folder at
+    their top); `""` if the names agree without one, or not at all."""
     wanted = min(map(pairing_name, latents))
     first = min(map(pairing_name, images), default="")
     return first.removesuffix(wanted) if first.endswith(f"/{wanted}") else ""
 
 
 class FileLatents:
-    """Latents in the layout of the official release and of REPA's tool: one `.npy` an image, in a folder or zip.
+    """Latents in the layout of the official release and of REPA's tool: one `.npy` per image, in a folder or zip.
 
-    Each file holds moments (8, h, w) of the SD-VAE; `dataset.json` lists every file with its label, and only what it
-    lists counts. Files are not looked for: a missing one is reported when it is read, or by `dataset_tools verify`.
-    Attributes and methods are those of `dataset.PackedLatents`, without flips; samples are sorted by name. `images` is
-    the folder or zip of the images, if there is one: each of the name of its latents, see `pairing_name`, and all of
-    one format.
+    Each file holds moments (8, h, w) of the SD-VAE. `dataset.json` lists the files with their labels; other files are
+    ignored. A listed file that is missing is reported when it is read, or by `dataset_tools verify`. Attributes and
+    methods are those of `PackedLatents`, without flips; samples are sorted by name.
 
-    Raises `UserError` if `dataset.json` is missing or not of this form, or the first file holds no moments.
+    Args:
+        path: the folder or zip.
+        images: folder or zip of the images, if any, all of one format; each is named as its latents, see
+            `pairing_name`.
+
+    Raises:
+        UserError: if `dataset.json` is missing or has another form, or the first file holds no moments.
     """
 
     has_flips = False
@@ -71,7 +76,7 @@ class FileLatents:
         self.read(0)
         listed = json.dumps([self.names, self.labels.tolist()]).encode()
         self.manifest = {
-            "format": "files",
+            "format": FILES,
             "count": len(self.names),
             "num_classes": self.num_classes,
             "class_names": self.class_names,
@@ -100,8 +105,11 @@ class FileLatents:
         return load_npy(content, "copy it again or encode it again", self.path / name)
 
     def read(self, index: int) -> np.ndarray:
-        """Moments (8, h, w) of one sample; `UserError` names a file that is missing, damaged, unlike the first, or
-        without a std."""
+        """Moments (8, h, w) of one sample.
+
+        Raises:
+            UserError: for a file that is missing, damaged, of another form than the first, or with a negative std.
+        """
         moments = self._load(self.names[index])
         if moments.shape != self.latent_shape or moments.dtype != self.dtype:
             raise UserError(
@@ -116,14 +124,14 @@ class FileLatents:
         return moments
 
     def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Moments (B, 2C, h, w) and labels (B,) of samples `indices` (B,); there are no mirror images."""
+        """Moments (B, 2C, h, w) and labels (B,) of samples `indices` (B,); `ValueError` for mirror images."""
         if mirrored is not None and mirrored.any():
             raise ValueError(f"{self.path} has no moments of mirror images")
         return np.stack([self.read(index) for index in indices]), self.labels[indices]
 
     @cached_property
     def _image_form(self) -> tuple[str, str]:
-        """What stands before and after the names of all images: what does with the first."""
+        """What precedes and follows the `pairing_name` in all images' names, as in the first image's."""
         stem, suffixes = pairing_name(self.names[0]), (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
         for suffix in suffixes:
             if self.images.has(stem + suffix):
@@ -140,14 +148,11 @@ class FileLatents:
         """Pixels (B, H, W, 3) uint8 of samples `indices` (B,); `UserError` if one is missing, or of another size."""
         if self.images is None:
             raise UserError(f"{self.path} has no images beside it: expected a folder images, or images.zip")
-        side, images, (folder, suffix) = self.manifest["resolution"], [], self._image_form
-        for index in indices:
-            name = folder + pairing_name(self.names[index]) + suffix
-            images.append(read_image(self.images, name))
-            if images[-1].shape != (side, side, 3):
-                height, width = images[-1].shape[:2]
-                raise UserError(
-                    f"{self.images.path / name} is {width} x {height} pixels, but its latents are of {side} x {side}: "
-                    "give the images that were encoded"
-                )
-        return np.stack(images)
+        folder, suffix = self._image_form
+        names = [folder + pairing_name(self.names[index]) + suffix for index in indices]
+        return np.stack([read_encoded_image(self.images, name, self.manifest["resolution"]) for name in names])
+
+
+def read_encoded_image(store: FileStore, name: str, side: int) -> np.ndarray:
+    """The image, (side, side, 3) uint8, of latents that are of `side` pixels; `UserError` if it has another size."""
+    return read_image(store, name, side, f"but its latents are of {side} x {side}: give the images that were encoded")

@@ -1,10 +1,10 @@
-"""Packed data: a folder of a few large files, memory-mapped, written by `preprocessing/dataset_tools.py`.
+"""Packed latents: a folder of a few large files, memory-mapped, written by `preprocessing/dataset_tools.py`.
 
 dataset.json          the manifest, written last: a folder without it was never finished
-moments-00000.npy     (n, 2C, h, w) moments, mean and std stacked, float16 or float32; with flips
+moments-00000.npy     (n, 2C, h, w) moments, mean and std stacked, float16 or float32; with flips:
 moments-00001.npy       (n, 2, 2C, h, w), of the image and of its mirror image
 ...
-images-00000.npy      (n, H, W, 3) uint8 pixels, if wanted, in shards of their own
+images-00000.npy      (n, H, W, 3) uint8 pixels, optional, in their own shards
 labels.npy            (N,) int64 class ids, 0 <= id < num_classes
 names.json            N image names; row i of the shards, of the labels and of the names are one sample
 checksums.npy         (N, 1 or 2) uint32 CRC-32 of each row of the moments, and of the images
@@ -28,9 +28,10 @@ from storage.file_store import load_npy
 MANIFEST = "dataset.json"
 FORMAT = "deepflow-packed-latents"
 FORMAT_VERSION = 2
+FILES = "files"  # in place of a format: `dataset.json` lists the labels of one file per sample
 
-# Below this a read must have come from the disk. Asking for pages in advance makes such reads ten times as fast and
-# reads from memory half as fast: so the next reads ask, and when none has been slow for a while they no longer do.
+# A slower read than this came from the disk. Prefetching makes reads from the disk ten times as fast, but reads from
+# memory half as fast: so prefetch after a slow read, until this many reads in a row were fast.
 COLD_SPEED = 250e6  # bytes/s
 COLD_READS = 100
 
@@ -50,11 +51,11 @@ def _are_shards(entries: object) -> bool:
 class Layout(NamedTuple):
     """A kind of packed folder."""
 
-    format: str  # what its manifest calls itself
+    format: str  # the "format" in its manifest
     version: int
-    fields: dict[str, Callable[[Any], bool]]  # key -> whether its value is one that the readers can go on with
-    command: str  # of dataset_tools, that makes it
-    rows: str  # what its shards hold, and are called
+    fields: dict[str, Callable[[Any], bool]]  # key -> whether the readers can use its value
+    command: str  # of dataset_tools, which makes it
+    rows: str  # what its shards hold; also the start of their file names
 
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
@@ -77,11 +78,26 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 LATENTS = Layout(FORMAT, FORMAT_VERSION, FIELDS, "encode", "moments")
 
 
+def manifest_format(folder: str | Path) -> str | None:
+    """The format that the `dataset.json` in `folder` names, `FILES` if it lists files, or None.
+
+    None if there is no such file or it is damaged: its reader reports that.
+    """
+    try:
+        content = json.loads((Path(folder) / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    return str(content["format"]) if "format" in content else FILES if "labels" in content else None
+
+
 def read_manifest(path: str | Path, layout: Layout = LATENTS) -> dict[str, Any]:
     """Read the manifest of the packed dataset in folder `path`.
 
-    Raises `UserError` if the folder is missing or empty, was not finished, holds something else, was written in
-    another version of the format, or if a value in the manifest is missing or of the wrong kind.
+    Raises:
+        UserError: if the folder is missing or empty, was not finished, holds something else, was written in another
+            version of the format, or if a value in the manifest is missing or of the wrong kind.
     """
     folder = Path(path)
     remedy = f"make it with: python -m preprocessing.dataset_tools {layout.command} --source IMAGES --dest {folder}"
@@ -116,9 +132,9 @@ def read_manifest(path: str | Path, layout: Layout = LATENTS) -> dict[str, Any]:
 
 
 class PackedFolder:
-    """What packed folders have in common: a manifest, names of the N samples, and shards that are memory-mapped.
+    """What packed folders have in common: a manifest, names of the N samples, and memory-mapped shards.
 
-    Sent to another process it travels as its path and is opened again there.
+    Pickling keeps the path alone: another process opens the folder again.
     """
 
     layout = LATENTS
@@ -132,8 +148,8 @@ class PackedFolder:
         return [self._open(shard["file"], (shard["count"], *row_shape), dtype) for shard in self.manifest[key]]
 
     def _open(self, file: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-        """Memory-map one file of the folder and hold it against what the manifest promises."""
-        place = self.path / Path(file).name  # never outside the folder, whatever the manifest says
+        """Memory-map one file of the folder; `UserError` unless it has the shape and type of the manifest."""
+        place = self.path / Path(file).name  # stay inside the folder, whatever the manifest says
         array = load_npy(place, "copy it again or write the dataset again")
         if array.shape != shape or array.dtype != dtype:
             raise UserError(
@@ -161,7 +177,7 @@ class PackedFolder:
         return names
 
     def _views(self, indices: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
-        """Rows (B,) of samples `indices` (B,), of their mirror images where `mirrored`, in shards of single views."""
+        """Rows (B,) of the shards, one per view, for samples `indices` (B,), mirrored where `mirrored` (B,) is true."""
         if self.has_flips:
             return 2 * indices + (0 if mirrored is None else mirrored)
         if mirrored is not None and mirrored.any():
@@ -172,12 +188,19 @@ class PackedFolder:
 class PackedLatents(PackedFolder):
     """The packed dataset in folder `path`; its shards are memory-mapped, never read as a whole.
 
-    Attributes: `manifest` (dict), `labels` ((N,) int64), `latent_shape` ((2C, h, w), of the stored moments),
-    `num_classes`, `class_names`, `scaling_factor` (of the VAE, from its own config), `has_flips` (moments of the
-    mirror images too), `has_images` (pixels too).
+    The labels are compared with their checksum here, the rest only by `dataset_tools verify`.
 
-    Raises `UserError` for everything `read_manifest` refuses, and if a file is missing or is not what the
-    manifest says. The labels are compared with their checksum here, the rest only by `dataset_tools verify`.
+    Attributes:
+        manifest: the content of `dataset.json`.
+        labels: (N,) int64.
+        latent_shape: (2C, h, w) of the stored moments.
+        num_classes, class_names: of the dataset.
+        scaling_factor: of the VAE, from its config.
+        has_flips: whether there are moments of the mirror images too.
+        has_images: whether there are pixels too.
+
+    Raises:
+        UserError: for all that `read_manifest` refuses, and for a file that is missing or unlike the manifest.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -191,10 +214,10 @@ class PackedLatents(PackedFolder):
         moments_shape = (2, *self.latent_shape) if self.has_flips else self.latent_shape
         moments = self._open_shards("shards", moments_shape, dtype)
         images = self._open_shards("image_shards", (side, side, 3), np.uint8) if self.has_images else None
-        self._moments = MappedRows(moments, self.latent_shape)  # with flips, two rows a sample
+        self._moments = MappedRows(moments, self.latent_shape)  # with flips, two rows per sample
         self._images = MappedRows(images, (side, side, 3)) if self.has_images else None
         self.labels = np.array(self._open("labels.npy", (self.manifest["count"],), np.int64))
-        written = self.manifest["labels"]["sha256"]  # of all files the one whose damage would go unnoticed for ever
+        written = self.manifest["labels"]["sha256"]  # the one file whose damage nothing else would show
         if hashlib.sha256((self.path / "labels.npy").read_bytes()).hexdigest() != written:
             raise UserError(
                 f"{self.path / 'labels.npy'} holds other labels than were written, by its checksum in {MANIFEST}: "
@@ -212,10 +235,18 @@ class PackedLatents(PackedFolder):
         return np.bincount(self.labels, minlength=self.num_classes)
 
     def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Moments (B, 2C, h, w) in their stored dtype, and labels (B,), of samples `indices` (B,).
+        """Moments and labels of samples, by one indexed read per shard.
 
-        Where `mirrored` ((B,) bool) is true, of the mirror image. One indexed read per shard. Raises `IndexError` for
-        an index outside [0, N), `ValueError` for mirror images that the dataset does not have.
+        Args:
+            indices: (B,) ints.
+            mirrored: (B,) bool: of which samples to take the mirror image.
+
+        Returns:
+            moments (B, 2C, h, w) in their stored dtype, and labels (B,).
+
+        Raises:
+            IndexError: for an index outside [0, N).
+            ValueError: for mirror images that the dataset lacks.
         """
         indices = checked_indices(indices, len(self))
         return self._moments.gather(self._views(indices, mirrored)), self.labels[indices]
@@ -223,7 +254,8 @@ class PackedLatents(PackedFolder):
     def gather_images(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
         """Pixels (B, H, W, 3) uint8 of samples `indices` (B,), mirrored where `mirrored` ((B,) bool) is true.
 
-        Raises `UserError` if the dataset was written without images.
+        Raises:
+            UserError: if the dataset was written without images.
         """
         if not self.has_images:
             raise UserError(f"{self.path} holds no images: write it again with --images")
@@ -234,33 +266,34 @@ class PackedLatents(PackedFolder):
 
 
 def checked_indices(indices: np.ndarray, count: int) -> np.ndarray:
+    """`indices` as int64. Raises `IndexError` unless all are in [0, count)."""
     indices = np.asarray(indices, dtype=np.int64)
     if indices.size and not (indices.min() >= 0 and indices.max() < count):
-        raise IndexError(f"sample {indices.min()}..{indices.max()} asked of a dataset of {count}")
+        raise IndexError(f"sample {indices.min()}..{indices.max()} requested from a dataset of {count}")
     return indices
 
 
 class MappedRows:
-    """Rows of one shape and type in memory-mapped files, one file after the other."""
+    """Rows of one shape and type, stored in several memory-mapped files and numbered through all of them."""
 
     def __init__(self, files: list[np.memmap], row_shape: tuple[int, ...]) -> None:
         self._arrays = [np.asarray(file).reshape(-1, *row_shape) for file in files]
         self._places = [(file.base, file.offset) for file in files]
         self._ends = np.cumsum([len(array) for array in self._arrays])
         self._row_bytes = self._arrays[0][0].nbytes
-        self._cold = COLD_READS
+        self._prefetches_left = COLD_READS
         for mapped, _ in self._places:
             mapped.madvise(mmap.MADV_RANDOM)  # or the system would read megabytes around every row
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Rows (B,), copied: one indexed read from each file concerned."""
+        """Copies of rows (B,), (B, *row_shape): one indexed read per file."""
         began = time.perf_counter()
         file_of = np.searchsorted(self._ends, rows, side="right")
         parts = [(file, file_of == file) for file in np.unique(file_of)]
         parts = [(file, here, rows[here] - self._ends[file] + len(self._arrays[file])) for file, here in parts]
-        if self._cold > 0:
+        if self._prefetches_left > 0:
             for file, _, inside in parts:
-                self._ask_for(file, inside)
+                self._prefetch(file, inside)
         if len(parts) == 1:
             gathered = self._arrays[parts[0][0]][parts[0][2]]
         else:
@@ -268,11 +301,11 @@ class MappedRows:
             for file, here, inside in parts:
                 gathered[here] = self._arrays[file][inside]
         slow = time.perf_counter() - began > gathered.nbytes / COLD_SPEED
-        self._cold = COLD_READS if slow else self._cold - 1
+        self._prefetches_left = COLD_READS if slow else self._prefetches_left - 1
         return gathered
 
-    def _ask_for(self, file: int, rows: np.ndarray) -> None:
-        """Have the system begin to read these rows all at once, where a plain access would wait for each page."""
+    def _prefetch(self, file: int, rows: np.ndarray) -> None:
+        """Let the system read these rows in parallel; a plain access would wait for each page."""
         mapped, offset = self._places[file]
         starts = (offset + rows * self._row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         for start in starts.tolist():

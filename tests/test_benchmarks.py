@@ -68,7 +68,7 @@ def test_the_file_of_samples_is_measured_and_read_back(tmp_path, monkeypatch, ca
     assert sample_file.check(npz, 100) == 1  # the first of two batches is compared
     with np.load(npz) as streamed:
         images = streamed["arr_0"]
-    sample_file.hold(npz, 100)
+    sample_file.save_at_once(npz, 100)
     with np.load(npz) as held:
         assert (held["arr_0"] == images).all()
     with npz.open("r+b") as file:  # damage is noticed

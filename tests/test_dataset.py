@@ -51,7 +51,9 @@ def test_gather_returns_what_was_written(tmp_path, dtype):
 def test_asking_the_disk_in_advance_changes_no_result(folder, monkeypatch, speed, asks):
     monkeypatch.setattr(packed, "COLD_SPEED", speed)
     data, asked = PackedLatents(folder), []
-    monkeypatch.setattr(data._moments, "_ask_for", lambda *args, real=data._moments._ask_for: asked.append(real(*args)))
+    monkeypatch.setattr(
+        data._moments, "_prefetch", lambda *args, real=data._moments._prefetch: asked.append(real(*args))
+    )
     expected = data.gather(np.arange(COUNT))[0]
     for _ in range(packed.COLD_READS):
         data.gather(np.arange(COUNT))

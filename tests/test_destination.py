@@ -40,7 +40,7 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", 0.2)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.2)
     with only_writer(tmp_path / "dest"):
         with pytest.raises(UserError, match="dest is being written by another process"), only_writer(tmp_path / "dest"):
             pass
@@ -55,7 +55,7 @@ def test_one_writer_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_killed_writer_locks_nobody_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", 60)  # of a machine that is busy
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 60)  # of a machine that is busy
 
     def write_for_ever():
         with only_writer(tmp_path / "dest"):
@@ -72,7 +72,7 @@ def test_a_killed_writer_locks_nobody_out(tmp_path, monkeypatch):
 
 def test_writers_that_wait_never_overlap(tmp_path, monkeypatch):
     """Ten processes, each of which would see another's file if they were inside together."""
-    monkeypatch.setattr(files, "PATIENCE", 60)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 60)
 
     def write():
         with only_writer(tmp_path / "dest"):
@@ -231,7 +231,7 @@ def test_a_zip_and_a_reference_through_a_link_are_where_the_link_leads(sources, 
 
 
 def test_a_link_to_the_destination_has_the_same_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", 0.2)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.2)
     (tmp_path / "dest").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "dest")

@@ -229,7 +229,7 @@ def test_mode_solver_and_heun_together_name_a_sampler(flags, method):
 
 
 def test_two_commands_do_not_make_one_file(monkeypatch, run, tmp_path, capsys):
-    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.1)
     with files.only_writer(tmp_path / "x.npz"), pytest.raises(SystemExit, match="2"):
         command(monkeypatch, run, tmp_path, "--name", "x")
     assert "x.npz is being written by another process" in capsys.readouterr().err
@@ -404,7 +404,7 @@ def test_labels():
     for seeds in ((7, 8), (2**64 - 2, 2**64 - 1)):
         assert choose("random", 10, 3, None, seeds[0]).tolist() != choose("random", 10, 3, None, seeds[1]).tolist()
     assert (abs(np.bincount(choose("data", 3000, 3, [7, 0, 3], 7)) - [2100, 0, 900]) < 120).all()
-    with pytest.raises(UserError, match="does not tell how frequent its classes are"):
+    with pytest.raises(UserError, match="does not say how frequent its classes are"):
         choose("data", 10, 3, None, 7)
 
 

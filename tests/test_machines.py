@@ -17,7 +17,7 @@ from helpers.training_runs import ROOT, metrics_of, tiny_command
 
 import train
 from common import processes
-from common.errors import OutOfMemory, UserError, lack_of_memory, memory_told
+from common.errors import OutOfMemory, UserError, out_of_memory_reason, reports_out_of_memory
 from generation import images
 from loss import DeepFlowLoss
 from training import plots
@@ -194,7 +194,10 @@ ERRORS = [
 
 @pytest.mark.parametrize("fail", ERRORS)
 def test_memory_that_is_used_up_is_told_with_a_remedy(fail):
-    with pytest.raises(OutOfMemory, match=r"^out of memory \(.+\): lower it$") as told, memory_told("lower it"):
+    with (
+        pytest.raises(OutOfMemory, match=r"^out of memory \(.+\): lower it$") as told,
+        reports_out_of_memory("lower it"),
+    ):
         fail()
     assert "\n" not in str(told.value)
 
@@ -204,14 +207,14 @@ def test_memory_that_is_used_up_is_told_with_a_remedy(fail):
         except Exception as error:
             raise UserError("the checkpoint is damaged: delete it") from error
 
-    with pytest.raises(OutOfMemory, match="lower it"), memory_told("lower it"):
+    with pytest.raises(OutOfMemory, match="lower it"), reports_out_of_memory("lower it"):
         unreadable()
 
 
 def test_other_errors_are_no_lack_of_memory():
     others = RuntimeError("shapes"), UserError("no"), OSError(28, "No space left"), ValueError("out of memory")
-    assert not any(map(lack_of_memory, others))
-    with pytest.raises(RuntimeError, match="shapes"), memory_told("x"):
+    assert not any(map(out_of_memory_reason, others))
+    with pytest.raises(RuntimeError, match="shapes"), reports_out_of_memory("x"):
         raise RuntimeError("shapes")
 
 

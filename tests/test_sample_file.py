@@ -74,11 +74,11 @@ def test_goes_on_from_the_blocks_that_are_done(tmp_path, images):
     samples.close()
 
     again = SampleFile(tmp_path / "x.npz", SHAPE, 2)
-    assert again.unfinished_record() == {"seed": 3} and not again.is_cut_off()
+    assert again.unfinished_record() == {"seed": 3} and not again.is_truncated()
     assert again.missing() == [0, 2] and again.indices([0, 3]) == [0, 1, 6]
     fill(again, images, [0, 2])
     again.complete(LABELS)  # killed before the rename
-    assert again.unfinished_record() == {"seed": 3} and not again.is_cut_off() and again.missing() == []
+    assert again.unfinished_record() == {"seed": 3} and not again.is_truncated() and again.missing() == []
     finish(again)
     assert (np.load(tmp_path / "x.npz")["arr_0"] == images).all()
     assert again.unfinished_record() is None
@@ -92,7 +92,7 @@ def test_what_is_unreadable_is_begun_again(tmp_path, images):
     samples.begin({"seed": 3})
     with samples.part.open("r+b") as file:
         file.truncate(samples.end - 1)
-    assert samples.is_cut_off()
+    assert samples.is_truncated()
     samples.part.unlink()
     assert samples.unfinished_record() is None
 

@@ -43,7 +43,7 @@ def write_features(dest, names, tokens=TOKENS, dtype="float16", flip=False, reso
         flip=flip,
     )
     job = PackedJob.begin(dest, manifest, names)
-    for unit in job.left():
+    for unit in job.unwritten_units():
         rows = job.rows_of(unit)
         job.write_unit(unit, values[rows.start : rows.stop])
     job.finish(shard_rows)
@@ -151,7 +151,7 @@ def test_features_of_the_same_images_belong(tmp_path, data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(tokens=9), r"holds 9 tokens an image, the network has 4: encode with --tokens 2"),
+        (dict(tokens=9), r"holds 9 tokens per image, the network has 4: encode with --tokens 2"),
         (dict(resolution=32), r"\S+features holds features of 32 px images, \S+latents latents of 16 px"),
         (dict(names=lambda names: names[::-1]), r"sample 0 is class/022 in \S+features, but class/000 in \S+latents"),
         (dict(names=lambda names: [*names[:5], "x.png", *names[6:]]), r"sample 5 is x in \S+, but class/005 in"),

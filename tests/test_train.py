@@ -107,7 +107,7 @@ def test_a_finished_run_started_again_changes_nothing(start, tmp_path):
 
 
 def test_two_commands_do_not_train_one_run(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.1)
     with files.only_writer(tmp_path / "run"), pytest.raises(UserError, match=r"written by another.*change --exp-name"):
         start()
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import OneLineParser, UserError, tell
+from common.errors import OneLineParser, UserError, print_once
 from common.flags import PRECISIONS, number, numbers
 from common.processes import launcher_setting
 from interpolant import PATHS, WEIGHTINGS
@@ -201,7 +201,7 @@ def resolve_accumulation(options: argparse.Namespace) -> None:
         raise UserError(f"accelerate launch's gradient_accumulation_steps: {error}") from None
     options.gradient_accumulation_steps = given or launcher or 1
     if launcher not in (None, options.gradient_accumulation_steps):
-        tell(
+        print_once(
             f"note: accelerate launch says gradient_accumulation_steps {launcher}, but --gradient-accumulation-steps "
             f"{given} counts"
         )
@@ -219,7 +219,7 @@ def resolve_precision(given: str | None, device_type: str) -> str:
         precision = launcher if usable else "fp16" if device_type == "cuda" else "no"
     if launcher not in (None, precision):
         whose = "" if given else ", the default on this device,"
-        tell(
+        print_once(
             f"note: accelerate launch says mixed_precision {launcher}, but --mixed-precision {precision}{whose} counts"
         )
     return precision

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import spared_by
+from common.errors import warn_if_not_drawn
 from common.files import written_aside
 from training.records import read_metrics
 
@@ -16,7 +16,7 @@ def plot_losses(run: Path) -> Path | None:
     entries = [entry for entry in read_metrics(run) if "loss" in entry]
     if not entries:
         return None
-    with spared_by(str(run / "loss.png")):
+    with warn_if_not_drawn(str(run / "loss.png")):
         draw_losses(entries, run.name, run / "loss.png")
         return run / "loss.png"
     return None

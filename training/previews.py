@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from common.errors import UserError, spared_by
+from common.errors import UserError, warn_if_not_drawn
 from dataset import LatentData
 from evaluation import evaluate, extract, load_extractor, open_images
 from evaluation.extraction import check_images
@@ -68,7 +68,7 @@ class Previews:
         for indices, part in parts:
             images[indices] = part
         png = run / "previews" / f"step-{step:07d}.png"
-        with spared_by(str(png)):
+        with warn_if_not_drawn(str(png)):
             png.parent.mkdir(exist_ok=True)
             save_grid(images.__getitem__, labels, data.class_names, png)
         if self.reference is None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.files import naming, write_text
+from common.files import named_in_error, write_text
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
@@ -135,5 +135,5 @@ def memory_gib(device: torch.device) -> float:
 
 def append_metrics(run: Path, entry: dict[str, Any]) -> None:
     """Add one entry to `metrics.jsonl`."""
-    with naming(run / METRICS), (run / METRICS).open("a", encoding="utf-8") as file:
+    with named_in_error(run / METRICS), (run / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
