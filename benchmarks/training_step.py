@@ -131,7 +131,6 @@ class Training:
                     continue
                 self.scale.applied()
                 self.ema.update(self.network, done + 1)
-                self.step.forget(done)
                 done += 1
             update = self.step.launch(ahead, gradients)
             yield done
