@@ -99,16 +99,11 @@ def test_a_third_path_is_a_choice_that_trains_and_samples(third_path, nano, star
     checksum = weights_sha256(load_vae(vae, "cpu"))
     packed = write_dataset(tmp_path / "latents", vae=vae, vae_sha256=checksum)
     flags = [*nano, "--data-dir", packed]
-    start(*flags, "--path-type", third_path, name="bent", steps=2)
-    start(*flags, name="linear", steps=2)
-    losses = [metrics_of(tmp_path / name)[0]["loss"] for name in ("bent", "linear")]
-    assert losses[0] != losses[1] and math.isfinite(losses[0])
-    pixels = []
-    for name in ("bent", "linear"):
-        generate_command(monkeypatch, tmp_path / name, tmp_path / "out", "--name", name, "--no-grid", "--vae", vae)
-        assert json.loads((tmp_path / f"out/{name}.json").read_text())["settings"]["path_type"] == name
-        pixels.append(np.load(tmp_path / f"out/{name}.npz")["arr_0"])
-    assert (pixels[0] != pixels[1]).any()
+    start(*flags, "--path-type", third_path, steps=2)
+    assert math.isfinite(metrics_of(tmp_path / "run")[0]["loss"])
+    generate_command(monkeypatch, tmp_path / "run", tmp_path / "out", "--no-grid", "--vae", vae)
+    assert json.loads((tmp_path / "out/x.json").read_text())["settings"]["path_type"] == third_path
+    assert np.load(tmp_path / "out/x.npz")["arr_0"].std() > 1
 
 
 def test_the_loss_takes_a_third_path(third_path):
