@@ -163,7 +163,6 @@ def run_steps(step: int, stop: Event, training_step: TrainingStep, recorder: Rec
             scale.applied()
             for ema in emas.values():
                 ema.update(network, step + 1)
-            training_step.forget(step)
             step += 1
             log.add(numbers)
             recorder.after_step(step, stopped)

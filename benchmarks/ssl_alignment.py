@@ -91,7 +91,6 @@ def step_seconds(step: TrainingStep, batches: Iterator[LatentBatch], count: int)
         if i == 1:
             began = finished()
         step.gradients(i)
-        step.forget(i)
         step.optimizer.zero_grad()
     return (finished() - began) / count
 

@@ -134,7 +134,6 @@ class Training:
                     continue
                 self.scale.applied()
                 self.ema.update(self.network, done + 1)
-                self.step.forget(done)
                 done += 1
             update = self.step.launch(ahead, gradients)
             yield done

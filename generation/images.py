@@ -72,7 +72,7 @@ def generate_images(
     if wanted and not 0 <= wanted[0] <= wanted[-1] < len(conditions):
         raise IndexError(f"images {wanted[0]} to {wanted[-1]} are wanted, but there are {len(conditions)} conditions")
     model.check_condition(conditions)
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     size = images_per_block(model.config, device.type)
     conditions = conditions[torch.arange(math.ceil(len(conditions) / size) * size) % len(conditions)]
     blocks = sorted({i // size for i in wanted})
@@ -99,7 +99,7 @@ def make_block(
     guide: DeepFlow | None,
 ) -> Tensor:
     """The images of one block, (N, H, W, 3) uint8, on the CPU; see `generate_images`."""
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
     condition = conditions[numbers.start : numbers.stop].to(device)
     noise = samplers.ImageNoise(settings.seed, numbers, shape)

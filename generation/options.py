@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     boolean = argparse.BooleanOptionalAction
-    solvers = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
+    solvers = list(dict.fromkeys(map(solver_of, SAMPLERS)))
 
     group = parser.add_argument_group("what")
     add = group.add_argument
@@ -157,13 +157,19 @@ def method_of(options: argparse.Namespace) -> str:
     if options.heun and options.solver not in (None, "heun"):
         raise UserError(f"--heun and --solver {options.solver}: drop one of them")
     solver = "heun" if options.heun else options.solver or "euler"
-    mode = options.mode or ("sde" if solver == "euler" else "ode")
-    if mode == "ode":
-        return solver
-    method = "sde" if solver == "euler" else f"sde-{solver}"
-    if method not in SAMPLERS:
-        raise UserError(f"--solver {solver} with --mode sde: it solves the ODE; give --mode ode")
-    return method
+    methods = {
+        "sde" if sampler.stochastic else "ode": name for name, sampler in SAMPLERS.items() if solver_of(name) == solver
+    }
+    mode = options.mode or ("sde" if solver == "euler" or "ode" not in methods else "ode")
+    if mode not in methods:
+        (other,) = methods
+        raise UserError(f"--solver {solver} with --mode {mode}: it solves the {other.upper()}; give --mode {other}")
+    return methods[mode]
+
+
+def solver_of(method: str) -> str:
+    """What --solver calls a sampler: an SDE's and an ODE's may share a name, and `sde` alone is Euler-Maruyama."""
+    return "euler" if method == "sde" else method.removeprefix("sde-")
 
 
 def settings_of(options: argparse.Namespace, metadata: dict[str, Any]) -> Settings:

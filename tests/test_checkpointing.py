@@ -74,7 +74,7 @@ def fail(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("broken", ["torch.save", "os.fsync", "training.run_state.model_files.save"])
+@pytest.mark.parametrize("broken", ["torch.save", "os.fsync", "training.run_state.checkpoints.save"])
 def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path, network, monkeypatch, broken):
     before = save(tmp_path, network, 5, keep_last=1)
     monkeypatch.setattr(broken, fail)

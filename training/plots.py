@@ -7,7 +7,7 @@ from typing import Any
 
 from common.errors import warn_if_not_drawn
 from common.files import written_aside
-from training.records import read_metrics
+from training.records import read_metrics, term_names
 
 
 def plot_losses(run: Path) -> Path | None:
@@ -28,7 +28,7 @@ def draw_losses(entries: Sequence[dict[str, Any]], title: str, png: Path) -> Non
 
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
-    for name in (key for key in entries[0] if key.startswith("velocity") or key == "acceleration"):
+    for name in (name for name in term_names(entries[0]) if name != "alignment"):
         axes.plot([e["step"] for e in entries], [e[name] for e in entries], label=name.replace("_", " "), lw=1)
     axes.set(xlabel="optimizer step", ylabel="mean squared error", yscale="log")
     # The run's name is no formula, and may have letters that the font lacks.

@@ -52,6 +52,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
+def term_names(entry: dict[str, Any]) -> list[str]:
+    """The names of the loss terms in an entry that `MetricLog.average` made: those between the loss and its maximum."""
+    names = list(entry)
+    return names[names.index("loss") + 1 : names.index("loss_max")]
+
+
 def truncate_metrics(run: Path, logged_step: int, step: int) -> None:
     """Drop what a run resumed at `step` writes again: averages after `logged_step`, scores of previews after `step`."""
     kept = [entry for entry in read_metrics(run) if entry["step"] <= (logged_step if "loss" in entry else step)]

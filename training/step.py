@@ -127,11 +127,12 @@ class TrainingStep:
     def gradients(self, step: int, loss_scale: float = 1.0) -> Gradients:
         """Add up the gradients of the mean loss over this process's part of the batch, averaged over the processes.
 
-        They are multiplied by `loss_scale`. The batch of a step is kept, for another attempt, until `forget`.
+        They are multiplied by `loss_scale`. The batches of this step and of the one before are kept, for another try.
 
         Raises:
             UserError: for samples that cannot be read.
         """
+        self.pending = {earlier: batches for earlier, batches in self.pending.items() if earlier >= step - 1}
         if step not in self.pending:
             with reported_by_any_process(self.rank):
                 self.pending[step] = [next(self.batches) for _ in range(self.accumulation)]
@@ -187,10 +188,6 @@ class TrainingStep:
         elif finite.item():  # waits for the device, which cannot decide by itself
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], loss_scale)
             self.optimizer.step()
-
-    def forget(self, step: int) -> None:
-        """Drop the batch of a step that was applied."""
-        del self.pending[step]
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Any:
         """The model's output in the precision of the run."""
