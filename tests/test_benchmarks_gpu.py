@@ -185,7 +185,7 @@ def parts(monkeypatch):
     behaviour = {"machine": "hangs", "training": "crashes", "sampling": "ends"}
     started = []
     monkeypatch.setattr(gpu, "PARTS", {name: gpu.PARTS[name] for name in behaviour})
-    monkeypatch.setattr(gpu, "LEAST", 2.0)
+    monkeypatch.setattr(gpu, "MIN_SECONDS", 2.0)
 
     def command_of(name, args, output):
         started.append(name)
