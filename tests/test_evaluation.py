@@ -525,7 +525,7 @@ def test_recipe_travels_with_the_number(rng, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, capsys, *pair, "--json", tmp_path / "m.json")[0] == 0
     assert json.loads((tmp_path / "m.json").read_text())["recipe"] == recipe
     code, _, err = run(monkeypatch, capsys, *pair, "--json", tmp_path / "r.json")
-    assert code == 2 and "r.json: there generate.py tells" in err
+    assert code == 2 and "r.json: generate.py's record of the samples is there" in err
     assert json.loads((tmp_path / "r.json").read_text()) == recipe
 
 
@@ -574,7 +574,11 @@ def test_what_does_not_fit_the_samples_to_be_is_told_before_sampling(official, t
     np.savez(tmp_path / "small.npz", arr_0=np.zeros((80, 32, 32, 3), np.uint8))
     for reference, flags, words in (
         (tmp_path / "small.npz", [], "image sizes differ: reference 32x32, samples 64x64"),
-        (official / "r.npz", ["--json", tmp_path / "out/x.json"], "x.json: there generate.py tells"),
+        (
+            official / "r.npz",
+            ["--json", tmp_path / "out/x.json"],
+            "x.json: generate.py's record of the samples is there",
+        ),
     ):
         sampling = [*SAMPLING[2:], "--sample-dir", tmp_path / "out", "--name", "x"]
         code, _, err = run(monkeypatch, capsys, reference, official / "tiny.pt", *sampling, *flags)
@@ -754,7 +758,7 @@ def test_the_recipe_of_a_folder_of_samples_travels_with_the_number(rng, tmp_path
     assert run(monkeypatch, capsys, *pair, "--json", tmp_path / "m.json")[0] == 0
     assert json.loads((tmp_path / "m.json").read_text())["recipe"] == {"classes": "balanced"}
     code, _, err = run(monkeypatch, capsys, *pair, "--json", tmp_path / "run-cfg1.5.json")
-    assert code == 2 and "there generate.py tells" in err
+    assert code == 2 and "generate.py's record of the samples is there" in err
 
 
 def test_files_of_images_that_are_no_folder_say_what_to_give(tmp_path):

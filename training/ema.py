@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from training.parallel import local
@@ -55,6 +54,8 @@ def power_function(std: float) -> Callable[[int], float]:
     std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, "Analyzing and improving the training
     dynamics of diffusion models", Eq. 123-127).
     """
+    from scipy.optimize import brentq  # slow to import, and seldom wanted
+
     gamma = brentq(lambda g: (g + 1) / ((g + 2) ** 2 * (g + 3)) - std**2, 0, 1e6)
     return lambda step: math.exp((gamma + 1) * math.log1p(-1 / step)) if step > 1 else 0.0
 
