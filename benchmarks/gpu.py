@@ -190,7 +190,7 @@ def run_tests(rows: Rows, tests: str = "tests/gpu") -> None:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "tests.xml"
             line = [sys.executable, "-m", "pytest", tests, "-m", "gpu", "-p", "no:cacheprovider"]
-            if importlib.util.find_spec("xdist"):
+            if torch.cuda.is_available() and importlib.util.find_spec("xdist"):
                 line += ["-n", "6"]
             subprocess.run([*line, f"--junitxml={file}"], cwd=ROOT, check=False)
             cases = list(xml.etree.ElementTree.parse(file).getroot().iter("testcase"))

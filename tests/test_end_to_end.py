@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from helpers.sample_data import run_main
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,12 +44,12 @@ def draw_images(folder, count=70):
         Image.fromarray(pixels).save(place)
 
 
-def test_from_images_to_a_score(tmp_path):
+def test_from_images_to_a_score(tmp_path, monkeypatch):
     images, latents, reference = tmp_path / "images", tmp_path / "latents", tmp_path / "reference.npz"
     draw_images(images)
     tools = ["-m", "preprocessing.dataset_tools"]
     python(*tools, "encode", "--source", images, "--dest", latents, "--vae", "assets/demo_vae", "--num-workers", 0)
-    python(*tools, "stats", "--source", images, "--dest", reference)
+    assert run_main(monkeypatch, "stats", "--source", images, "--dest", reference) == 0
 
     train = ["train.py", "--data-dir", latents, "--output-dir", tmp_path, "--exp-name", "run"]
     train += ["--model", "DeepFlow-Tiny/2-2T", "--batch-size", 8, "--log-every", 1, "--learning-rate", 1e-3]
