@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common.errors import OneLineParser, UserError, first_line
+from common.errors import OneLineParser, UserError, first_line, out_of_memory_reason
 from common.files import write_text
 from common.flags import PRECISIONS
 from common.processes import usable_device
@@ -134,7 +134,7 @@ def sources_sha256() -> str:
 
 def describe_error(error: BaseException) -> str:
     """An error in one line, without paths of this machine."""
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if out_of_memory_reason(error) is not None:
         return OUT_OF_MEMORY
     line = first_line(error).replace(str(ROOT), ".").replace(str(Path.home()), "~")
     return f"{type(error).__name__}: {line}"[:300]

@@ -48,9 +48,9 @@ from dataset import LatentBatch
 from loss import DeepFlowLoss
 from models import create_model
 from models.presets import model_config
-from training.build import compile_network, make_optimizer
 from training.ema import EMA
 from training.guard import LossScale
+from training.optimizer import make_optimizer
 from training.plan import measure, peak_flops
 from training.records import memory_gib
 from training.step import TrainingStep
@@ -105,7 +105,7 @@ class Training:
         self.network.checkpoint_activations = self.variant.checkpointing
         self.ema = EMA(self.network, 0.9999)
         if self.variant.compiled:
-            compile_network(self.network, {"max_autotune_pointwise": True} if self.variant.tuned else None)
+            self.network.compile_parts(options={"max_autotune_pointwise": True} if self.variant.tuned else None)
         self.optimizer = make_optimizer(self.network)
         self.scale = LossScale(dynamic=case.precision == "fp16")
         self.step = TrainingStep(

@@ -19,6 +19,7 @@ from torch import Tensor
 import samplers
 from common.errors import UserError
 from common.flags import PRECISIONS
+from common.processes import allow_tf32
 from generation.options import Settings
 from models import DeepFlow
 from models.precision import cast_products
@@ -157,13 +158,14 @@ def single_threaded(make: Callable[[int], Tensor], blocks: Sequence[int]) -> lis
 @contextmanager
 def arithmetic(tf32: bool) -> Iterator[None]:
     """TF32 matrix products or not, and convolutions that repeat; afterwards as before, for whoever evaluates next."""
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = tf32, tf32, True, False
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        yield
+        with allow_tf32(tf32):
+            yield
     finally:
-        cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def prepare_network(model: DeepFlow, compiled: bool, precision: str) -> DeepFlow:
@@ -171,6 +173,5 @@ def prepare_network(model: DeepFlow, compiled: bool, precision: str) -> DeepFlow
     if precision != "no":
         cast_products(model, PRECISIONS[precision])
     if compiled:
-        for part in [*model.repeated_blocks(), *model.heads()]:
-            part.compile(dynamic=False)
+        model.compile_parts(dynamic=False)
     return model

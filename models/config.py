@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from common.errors import UserError
 
@@ -52,7 +52,8 @@ class Architecture(Mapping[str, Any]):
         if self.input_size % self.patch_size:
             raise UserError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}")
         object.__setattr__(self, "df_idxs", check_branch_ends(self.df_idxs, self.depth))
-        object.__setattr__(self, "ssl_dim", self.ssl_widths)
+        widths = check_alignment(self.ssl_dim, self.repa_depth, self.num_branches, self.depth)
+        object.__setattr__(self, "ssl_dim", widths)
 
     @property
     def num_branches(self) -> int:
@@ -67,7 +68,7 @@ class Architecture(Mapping[str, Any]):
     @property
     def ssl_widths(self) -> tuple[int, ...]:
         """`ssl_dim` as a tuple: one width per SSL encoder, () for none."""
-        return check_alignment(self.ssl_dim, self.repa_depth, self.num_branches, self.depth)
+        return cast(tuple[int, ...], self.ssl_dim)  # since __post_init__
 
     @property
     def tokens_per_side(self) -> int:

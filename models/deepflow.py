@@ -124,6 +124,14 @@ class DeepFlow(nn.Module):
         """The velocity heads and the acceleration head."""
         return [*self.final_layer, *([self.final_acc_layer] if self.num_branches > 1 else [])]
 
+    def compile_parts(self, **settings: Any) -> None:
+        """Compile blocks and heads one by one: equal ones share their code, so that it takes seconds, not minutes.
+
+        `settings` are those of `torch.compile`.
+        """
+        for part in [*self.repeated_blocks(), *self.heads()]:
+            part.compile(**settings)
+
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> DeepFlowOutput:
         """All branches' outputs for noisy latents `x` (N, C, H, W) and class ids `condition` (N,) in [0, num_classes].
 

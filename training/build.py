@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -38,15 +38,14 @@ def build_models(plan: Plan, saved: run_state.TrainingState | None, device: torc
     network.checkpoint_activations = options.activation_checkpointing
     if saved:
         network.load_state_dict(saved.model)
-    if (
-        not parallel.is_sharded()
-    ):  # sharded, seed or file make it the same everywhere, and no device has to hold all of it
+    # A sharded network is the same everywhere by its seed or file: no device has to hold all of it.
+    if not parallel.is_sharded():
         parallel.synchronise(network.to(device))  # before anything is copied from it, so that all averages start equal
     emas = averages(network, options.ema_decay, options.ema_std)
     for name, ema in emas.items() if saved else ():
         ema.model.load_state_dict(saved.ema[name])
     if options.compile:
-        compile_network(network)
+        network.compile_parts()
     if parallel.is_sharded():
         for part in (network, *(ema.model for ema in emas.values())):
             parallel.shard(part, device)
@@ -63,15 +62,6 @@ def build_models(plan: Plan, saved: run_state.TrainingState | None, device: torc
     if saved:
         parallel.load_optimizer(network, optimizer, saved.trainer["optimizer"])
     return Models(network, model, emas, optimizer)
-
-
-def compile_network(network: DeepFlow, options: dict[str, Any] | None = None) -> None:
-    """Compile blocks and heads one by one: equal ones share their code, so that it takes seconds, not minutes.
-
-    `options` are the compiler's own.
-    """
-    for part in [*network.repeated_blocks(), *network.heads()]:
-        part.compile(options=options)
 
 
 def build_loss(options: argparse.Namespace) -> DeepFlowLoss:

@@ -1,4 +1,4 @@
-"""A run's records: resolved options, `metrics.jsonl`, the loss curve."""
+"""A run's records: resolved options, and `metrics.jsonl` with its averages."""
 
 import json
 import platform

@@ -109,12 +109,8 @@ class TrainingStep:
     ) -> None:
         self.network, self.model, self.loss_fn, self.optimizer = network, model or network, loss_fn, optimizer
         self.batches, self.encoders, self.learning_rate = batches, encoders, learning_rate
-        self.batch_size, self.scaling_factor, self.accumulation, self.seed = (
-            batch_size,
-            scaling_factor,
-            accumulation,
-            seed,
-        )
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.scaling_factor, self.seed = scaling_factor, seed
         self.max_grad_norm, self.dtype = max_grad_norm or math.inf, PRECISIONS[precision]
         self.rank, self.world = rank, world
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
